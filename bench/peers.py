@@ -1,0 +1,148 @@
+"""What the kernels are timed against: the released tower, and the best that plain torch makes of the same arithmetic.
+
+All peers hold the parameters of one ``python_ref.STAB`` and are called like it, ``peer(pixel_values, modules)``.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from python_ref import STAB
+from python_ref.crop import Rectangle, valid_rectangles
+
+Projection = Callable[[Tensor], Tensor]
+Output = tuple[list[Tensor], list[Tensor]]
+
+
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A Linear on ``[..., C]`` as a channels-last 1x1 convolution.
+
+    In float32 on CPUs torch gives convolutions to oneDNN and linears to MKL, which reaches half the speed on AMD.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return F.linear(x, weight.flatten(1), bias)
+    rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+    y = F.conv2d(rows, weight.flatten(1)[:, :, None, None], bias)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``[B, T, h, w, C]``, through a view that torch recognises as channels_last_3d."""
+    padding = tuple(k // 2 for k in weight.shape[2:])
+    y = F.conv3d(x.permute(0, 4, 1, 2, 3), weight, bias, padding=padding, groups=len(weight))
+    return y.permute(0, 2, 3, 4, 1)
+
+
+class VectorisedSTAB(nn.Module):
+    """The released arithmetic, all projections in full, channels-last and batched over frames of equal rectangles."""
+
+    def __init__(self, tower: STAB) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, pixel_values: Tensor, modules: Projection) -> Output:
+        weight = self.tower.patch_embedding.weight
+        mask = pixel_values[:, :, 3].to(weight.dtype)
+        return self.encode(pixel_values, modules, valid_rectangles(mask, self.tower.patch, self.tower.window))
+
+    def encode(self, pixel_values: Tensor, modules: Projection, rectangles: list[Rectangle]) -> Output:
+        """The tower without the reading of the mask, which needs the host."""
+        tower = self.tower
+        frames = pixel_values.shape[1]
+        x = self._patches(pixel_values)
+        g = None
+        if frames > 1:
+            x0 = x
+            x = self._lste(x0)
+            g = self._gstra(x.flatten(1, 3)).repeat_interleave(frames, 0)
+            x = x + x0
+        x = x.flatten(0, 1)
+
+        groups: dict[Rectangle, list[int]] = defaultdict(list)
+        for i, rectangle in enumerate(rectangles):
+            groups[rectangle].append(i)
+        tokens: list[Tensor] = [x] * len(rectangles)
+        grids: list[Tensor] = [x] * len(rectangles)
+        for (row0, row1, col0, col1), members in groups.items():
+            everything = len(members) == len(rectangles)
+            y = self._lsd((x if everything else x[members])[:, row0:row1, col0:col1])
+            f = self._fsra(y.flatten(1, 2))
+            if g is not None:
+                a = torch.sigmoid(tower.balance)
+                f = tower.proj((1 - a) * (g if everything else g[members]) + a * f)
+            split = tower.split_embedding.expand(*y.shape[:2], 1, -1)
+            packed = torch.cat([f[:, None], torch.cat([y, split], 2).flatten(1, 2)], 1)
+            projected = modules(packed.flatten(0, 1)).unflatten(0, packed.shape[:2])
+            for i, frame in zip(members, projected.unbind(), strict=True):
+                tokens[i] = frame
+                grids[i] = torch.tensor(y.shape[1:3], device=y.device)
+        return tokens, grids
+
+    def _patches(self, pixels: Tensor) -> Tensor:
+        weight = self.tower.patch_embedding.weight
+        p = weight.shape[-1]
+        images = pixels[:, :, :3].to(weight.dtype)
+        batch, frames, _, height, width = images.shape
+        h, w = height // p, width // p
+        cells = images[..., : h * p, : w * p].reshape(batch, frames, 3, h, p, w, p).permute(0, 1, 3, 5, 2, 4, 6)
+        return _pointwise(cells.reshape(batch, frames, h, w, -1), weight)
+
+    def _lste(self, x0: Tensor) -> Tensor:
+        norm, w1, over_time, w2 = self.tower.lmhra1.pos_embed
+        x = norm(x0.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+        x = _depthwise(_pointwise(x, *w1.parameters()), *over_time.parameters())
+        x1 = x0 + _pointwise(x, *w2.parameters())
+        return x1 + _depthwise(x1, *self.tower.dpe.parameters())
+
+    def _gstra(self, tokens: Tensor) -> Tensor:
+        block = self.tower.dec
+        attn = block.attn
+        e = self.tower.temporal_cls_token.expand(len(tokens), 1, -1)
+        wq, wkv = attn.in_proj_weight.split([e.shape[-1], 2 * e.shape[-1]])
+        bq, bkv = attn.in_proj_bias.split([e.shape[-1], 2 * e.shape[-1]])
+        q, kv = F.linear(block.ln_1(e), wq, bq), _pointwise(block.ln_3(tokens), wkv, bkv)
+        g = e + attn.out_proj(_attend(q, kv, attn.num_heads))
+        return (g + block.mlp(block.ln_2(g)))[:, 0]
+
+    def _lsd(self, x: Tensor) -> Tensor:
+        stage = self.tower.local_attention
+        s = stage.window
+        frames, h, w = len(x), x.shape[1] // s, x.shape[2] // s
+        windows = x[:, : h * s, : w * s].reshape(frames, h, s, w, s, -1).transpose(2, 3)
+        windows = windows.reshape(frames * h * w, s * s, -1)
+        mean = windows.mean(1, keepdim=True)
+        q = _pointwise(stage.q[0](mean), *stage.q[1].parameters())
+        kv = _pointwise(stage.kv[0](windows), *stage.kv[1].parameters())
+        attended = _attend(q, kv, stage.num_heads, scale=x.shape[-1] ** -0.5)
+        return (mean + _pointwise(attended, stage.proj.weight, stage.proj.bias)).view(frames, h, w, -1)
+
+    def _fsra(self, tokens: Tensor) -> Tensor:
+        stage = self.tower.global_attention
+        c = self.tower.class_embedding
+        q = stage.q(c).expand(len(tokens), 1, -1)
+        kv = _pointwise(stage.kv[0](tokens), *stage.kv[1].parameters())
+        return c + stage.proj(_attend(q, kv, stage.num_heads, scale=len(c) ** -0.5))[:, 0]
+
+
+def _attend(q: Tensor, kv: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
+    """One query ``[B, 1, C]`` over ``[B, N, 2C]`` keys and values -> ``[B, 1, C]``."""
+    k, v = kv.unflatten(-1, (2, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    q = q.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+
+
+def compiled(tower: STAB) -> Callable[[Tensor, Projection], Output]:
+    """VectorisedSTAB under torch.compile, ``modules`` included; the mask is read outside the graph."""
+    peer = VectorisedSTAB(tower)
+    encode = torch.compile(peer.encode, fullgraph=True)
+
+    def call(pixel_values: Tensor, modules: Projection) -> Output:
+        mask = pixel_values[:, :, 3].to(tower.patch_embedding.weight.dtype)
+        return encode(pixel_values, modules, valid_rectangles(mask, tower.patch, tower.window))
+
+    return call

@@ -1,0 +1,41 @@
+// Channels-last depthwise 3-D convolution, zero padding that keeps the grid.
+#pragma once
+#include <cstdint>
+
+#include "types.h"
+
+namespace panda {
+
+// `taps` is [kt * kh * kw][c]; a residual is folded into its centre by the caller. `bias` may be null.
+struct Depthwise {
+  Dtype dtype;
+  const void* x;  // [b][t][h][w][c]
+  const float* taps;
+  const float* bias;
+  void* y;
+  int64_t b, t, h, w, c;
+  int kt, kh, kw;
+};
+
+// Work is cut into depthwise_items(); any split of them among threads gives the same bits.
+int64_t depthwise_items(const Depthwise&);
+void depthwise(const Depthwise&, int64_t first, int64_t last);
+
+// 3x3x3 over `rows` output rows of up to four frames: what the op and the streamed tower share.
+// input[row * (frames + 2) + f] is the start of a row of w tokens, for `rows + 2` rows and `frames + 2` frames, the
+// neighbours on every side included; null where the grid ends. output[row * frames + f] receives the result.
+constexpr int kMaxFrames = 4;
+struct DepthwiseRows {
+  Dtype dtype;
+  const void* const* input;
+  void* const* output;
+  int64_t rows;
+  int frames;
+  int64_t w, c;
+  const float* taps;  // [27][c]
+  const float* bias;  // [c] or null
+};
+constexpr int64_t kDepthwiseChunk = 64;  // channels; c0 is a multiple of it
+void depthwise_rows(const DepthwiseRows&, int64_t c0, int64_t c1);
+
+}  // namespace panda

@@ -1,0 +1,101 @@
+"""What a bug report needs: versions, machine, environment, and every backend with the reason it is not there."""
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("numpy", "triton", "av", "torchcodec", "pillow", "safetensors", "tqdm", "transformers", "timm")
+CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_fp16", "sve", "bf16")
+
+
+def collect() -> dict[str, dict[str, str]]:
+    """Sections of names and values, all strings. Starts no CUDA context."""
+    return {
+        "versions": _versions(),
+        "machine": _machine(),
+        "gpu": _gpu(),
+        "backends": _backends(),
+        "environment": {n: v for n, v in sorted(os.environ.items()) if n.startswith(("PANDA_KERNELS_", "TRITON_"))},
+    }
+
+
+def render(sections: dict[str, dict[str, str]]) -> str:
+    """The sections as lines of text, names aligned."""
+    width = max(len(name) for section in sections.values() for name in section)
+    lines = []
+    for title, section in sections.items():
+        lines.append(f"{title}:")
+        lines += [f"  {name:<{width}}  {value}" for name, value in section.items()] or ["  (nothing)"]
+    return "\n".join(lines)
+
+
+def _versions() -> dict[str, str]:
+    from . import __version__
+
+    versions = {"panda_kernels": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    return versions | {name: _installed(name) for name in PACKAGES}
+
+
+def _installed(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _machine() -> dict[str, str]:
+    model, flags = _cpuinfo()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "system": platform.platform(),
+        "cpu": model or platform.processor() or platform.machine(),
+        "cpu flags": " ".join(f for f in CPU_FLAGS if f in flags) or "none of those the kernels know",
+        "cores": f"{os.cpu_count()} ({usable} usable)",
+        "torch threads": str(torch.get_num_threads()),
+        "torch isa": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _cpuinfo() -> tuple[str, set[str]]:
+    """Model name and feature flags, as far as the system tells."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "", set()
+    fields: dict[str, str] = {}
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    return fields.get("model name", ""), set(f"{fields.get('flags', '')} {fields.get('Features', '')}".split())
+
+
+def _gpu() -> dict[str, str]:
+    # torch counts devices without a context; names would need one, so the driver's own tool is asked.
+    gpus = {"torch built for": f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"}
+    gpus["available"] = f"{torch.cuda.device_count()} devices" if torch.cuda.is_available() else "no"
+    tool = shutil.which("nvidia-smi")
+    if tool:
+        query = [tool, "--query-gpu=name,memory.total,driver_version,compute_cap", "--format=csv,noheader"]
+        listing = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+        gpus |= {f"device {i}": line.strip() for i, line in enumerate(listing.splitlines())}
+    return gpus
+
+
+def _backends() -> dict[str, str]:
+    from .backends import status
+
+    return {name: reason or "there" for name, reason in status().items()}
+
+
+def main(as_json: bool = False) -> int:
+    """Print everything; as JSON for a program to read."""
+    sections = collect()
+    print(json.dumps(sections, indent=2) if as_json else render(sections))
+    return 0

@@ -1,0 +1,46 @@
+"""The peers that the benchmarks time compute what the reference computes, gradients included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.peers import VectorisedSTAB
+from python_ref import STAB
+
+RAGGED = [(0, 6, 0, 8), (1, 4, 2, 8), (0, 6, 0, 8), (2, 6, 0, 7)]
+FULL = [(0, 6, 0, 8)] * 4
+
+
+@pytest.mark.parametrize("rectangles", [FULL, RAGGED], ids=["full", "ragged"])
+@pytest.mark.parametrize("frames", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_vectorised_peer_is_the_reference(
+    rectangles: list[tuple[int, int, int, int]], frames: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    tower = STAB(32, dropout=0.0).to(dtype)
+    for parameter in tower.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    pixels = torch.randn(4 // frames, frames, 4, 90, 120, dtype=dtype)
+    pixels[:, :, 3] = 0
+    for i, (r0, r1, c0, c1) in enumerate(rectangles):
+        pixels.flatten(0, 1)[i, 3, r0 * 14 : r1 * 14, c0 * 14 : c1 * 14] = 1
+
+    projector = torch.nn.Linear(32, 5).to(dtype)
+    outcomes = []
+    for peer in (tower, VectorisedSTAB(tower)):
+        tower.zero_grad()
+        leaf = pixels.clone().requires_grad_()
+        tokens, grids = peer(leaf, projector)
+        torch.cat(tokens).square().sum().backward()
+        gradients = [p.grad for p in (leaf, *tower.parameters()) if p.grad is not None]
+        outcomes.append((torch.cat(tokens), torch.stack(grids), gradients))
+    (expected, expected_grids, expected_gradients), (actual, grids, gradients) = outcomes
+    assert torch.equal(grids, expected_grids)
+    tolerance = 1e3 * torch.finfo(dtype).eps
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    assert len(gradients) == len(expected_gradients)
+    for a, b in zip(gradients, expected_gradients, strict=True):
+        assert float((a - b).norm()) <= tolerance * max(1.0, float(b.norm()))
