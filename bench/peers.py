@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from python_ref import STAB
 from python_ref.crop import Rectangle, valid_rectangles
+from python_ref.patch import normalise
 
 Projection = Callable[[Tensor], Tensor]
 Output = tuple[list[Tensor], list[Tensor]]
@@ -86,7 +87,8 @@ class VectorisedSTAB(nn.Module):
     def _patches(self, pixels: Tensor) -> Tensor:
         weight = self.tower.patch_embedding.weight
         p = weight.shape[-1]
-        images = pixels[:, :, :3].to(weight.dtype)
+        images = pixels[:, :, :3]
+        images = (normalise(images) if images.dtype == torch.uint8 else images).to(weight.dtype)
         batch, frames, _, height, width = images.shape
         h, w = height // p, width // p
         cells = images[..., : h * p, : w * p].reshape(batch, frames, 3, h, p, w, p).permute(0, 1, 3, 5, 2, 4, 6)

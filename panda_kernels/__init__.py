@@ -3,8 +3,18 @@
 The ops are plain functions of tensors; ``panda_kernels.nn`` holds modules with the released parameter names.
 Importing this package needs neither a compiled extension, nor Triton, nor a GPU.
 """
-from .ops import depthwise_conv3d
+from .ops import (
+    assemble_tokens,
+    attention_pool,
+    depthwise_conv3d,
+    local_encoding,
+    patch_embed,
+    token_mlp,
+    window_attention_pool,
+)
+from .rectangles import Rectangles
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "depthwise_conv3d"]
+__all__ = ["Rectangles", "__version__", "assemble_tokens", "attention_pool", "depthwise_conv3d", "local_encoding",
+           "patch_embed", "token_mlp", "window_attention_pool"]

@@ -6,7 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# Each command imports its module itself, so that --help is not kept waiting for torch.
+import torch
+
+from . import encode, info, verify
+from .backends import BackendError, status
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,20 +41,13 @@ def _add_info(commands: Commands) -> None:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from . import info
-
     return info.main(args.json)
 
 
 def _add_verify(commands: Commands) -> None:
     parser = commands.add_parser("verify", help="check this installation's results against float64")
-    parser.set_defaults(run=_verify)
-
-
-def _verify(args: argparse.Namespace) -> int:
-    from . import verify
-
-    return verify.main(args)
+    verify.add_arguments(parser)
+    parser.set_defaults(run=verify.main)
 
 
 def _add_encode(commands: Commands) -> None:
@@ -84,11 +80,6 @@ def _frames(text: str) -> int:
 
 
 def _encode(args: argparse.Namespace) -> int:
-    import torch
-
-    from . import encode
-    from .backends import BackendError, status
-
     backends = status()
     if args.backend != "auto" and backends.get(args.backend, "no such backend"):
         reason = backends.get(args.backend, f"no such backend; there are {', '.join(('auto', *backends))}")

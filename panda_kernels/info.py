@@ -20,6 +20,7 @@ def collect() -> dict[str, dict[str, str]]:
     return {
         "versions": _versions(),
         "machine": _machine(),
+        "extension": _extension(),
         "gpu": _gpu(),
         "backends": _backends(),
         "environment": {n: v for n, v in sorted(os.environ.items()) if n.startswith(("PANDA_KERNELS_", "TRITON_"))},
@@ -74,6 +75,13 @@ def _cpuinfo() -> tuple[str, set[str]]:
         name, _, value = line.partition(":")
         fields.setdefault(name.strip(), value.strip())
     return fields.get("model name", ""), set(f"{fields.get('flags', '')} {fields.get('Features', '')}".split())
+
+
+def _extension() -> dict[str, str]:
+    """What the compiled extension was built with, and the instructions it uses here."""
+    from .backends import cpu, load_error
+
+    return cpu.build_info() | {"instructions": "none" if load_error("cpu") else cpu.isa()}
 
 
 def _gpu() -> dict[str, str]:

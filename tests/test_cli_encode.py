@@ -134,7 +134,8 @@ def test_folders_are_searched_for_videos(tower, tmp_path):
     for name in ("readme.txt", "._a.mp4"):
         (deep / name).write_text("text")
     (deep / "folder.mp4").mkdir()
-    assert run(tmp_path / "videos", video, "-o", tmp_path / "out") == 0  # named twice, done once
+    again = deep / ".." / "y" / video.name
+    assert run(tmp_path / "videos", again, "-o", tmp_path / "out") == 0
     assert tower.calls == 1 and (tmp_path / "out" / "a.safetensors").is_file()
 
 

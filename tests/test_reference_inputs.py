@@ -139,3 +139,16 @@ def test_attention_weights_belong_to_the_output() -> None:
         torch.testing.assert_close(f, tower.global_attention(query[0, 0], tokens[:, 0]), rtol=0, atol=1e-12)
     for w in (weights, frame_weights):
         torch.testing.assert_close(w.sum(-1), torch.ones_like(w[..., 0]), rtol=0, atol=1e-12)
+
+
+def test_dropout_is_active_in_training_at_both_places() -> None:
+    torch.manual_seed(0)
+    tower = STAB(64)
+    torch.nn.init.normal_(tower.dec.mlp.c_proj.weight)
+    query, tokens = torch.randn(1, 2, 64), torch.randn(48, 2, 64)
+    with torch.no_grad():
+        assert not torch.equal(tower.dec(query, tokens), tower.dec(query, tokens))
+        assert not torch.equal(tower.proj(query), tower.proj(query))
+        tower.eval()
+        assert torch.equal(tower.dec(query, tokens), tower.dec(query, tokens))
+        assert torch.equal(tower.proj(query), tower.proj(query))

@@ -8,8 +8,9 @@ import torch
 from bench.peers import VectorisedSTAB
 from python_ref import STAB
 
-RAGGED = [(0, 6, 0, 8), (1, 4, 2, 8), (0, 6, 0, 8), (2, 6, 0, 7)]
-FULL = [(0, 6, 0, 8)] * 4
+FULL = [(0, 6, 0, 8)] * 8
+# Equal rectangles lie in different clips.
+RAGGED = [*FULL[:2], (1, 4, 2, 8), (2, 6, 0, 7), (1, 4, 2, 8), (0, 5, 3, 6), *FULL[:2]]
 
 
 @pytest.mark.parametrize("rectangles", [FULL, RAGGED], ids=["full", "ragged"])
@@ -23,7 +24,7 @@ def test_vectorised_peer_is_the_reference(
     for parameter in tower.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.2)
-    pixels = torch.randn(4 // frames, frames, 4, 90, 120, dtype=dtype)
+    pixels = torch.randn(8 // frames, frames, 4, 90, 120, dtype=dtype)
     pixels[:, :, 3] = 0
     for i, (r0, r1, c0, c1) in enumerate(rectangles):
         pixels.flatten(0, 1)[i, 3, r0 * 14 : r1 * 14, c0 * 14 : c1 * 14] = 1
@@ -44,3 +45,13 @@ def test_vectorised_peer_is_the_reference(
     assert len(gradients) == len(expected_gradients)
     for a, b in zip(gradients, expected_gradients, strict=True):
         assert float((a - b).norm()) <= tolerance * max(1.0, float(b.norm()))
+
+
+def test_vectorised_peer_normalises_uint8_pixels() -> None:
+    torch.manual_seed(0)
+    tower = STAB(32).double().eval()
+    pixels = torch.randint(1, 256, (1, 4, 4, 56, 56), dtype=torch.uint8)
+    with torch.no_grad():
+        expected, _ = tower(pixels, torch.nn.Identity())
+        actual, _ = VectorisedSTAB(tower)(pixels, torch.nn.Identity())
+    torch.testing.assert_close(torch.cat(actual), torch.cat(expected))

@@ -17,9 +17,6 @@ struct Depthwise {
   int kt, kh, kw;
 };
 
-// Work is cut into depthwise_items(); any split of them among threads gives the same bits.
-int64_t depthwise_items(const Depthwise&);
-void depthwise(const Depthwise&, int64_t first, int64_t last);
 
 // 3x3x3 over `rows` output rows of up to four frames: what the op and the streamed tower share.
 // input[row * (frames + 2) + f] is the start of a row of w tokens, for `rows + 2` rows and `frames + 2` frames, the
@@ -35,7 +32,13 @@ struct DepthwiseRows {
   const float* taps;  // [27][c]
   const float* bias;  // [c] or null
 };
-constexpr int64_t kDepthwiseChunk = 64;  // channels; c0 is a multiple of it
-void depthwise_rows(const DepthwiseRows&, int64_t c0, int64_t c1);
+constexpr int64_t kDepthwiseChunk = 64;  // channels a work item takes
+
+inline bool is_333(const Depthwise& a) { return a.kt == 3 && a.kh == 3 && a.kw == 3; }
+inline int64_t depthwise_chunks(const Depthwise& a) { return (a.c + kDepthwiseChunk - 1) / kDepthwiseChunk; }
+// What a call is cut into; any split of the items among threads gives the same bits.
+inline int64_t depthwise_items(const Depthwise& a) {
+  return a.b * (is_333(a) ? (a.t + kMaxFrames - 1) / kMaxFrames * depthwise_chunks(a) : a.h);
+}
 
 }  // namespace panda

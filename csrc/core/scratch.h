@@ -6,10 +6,10 @@
 
 namespace panda {
 
-// Blocks given back by this thread and waiting for its next call; a handful, since calls nest a few deep at most.
+// Blocks given back by this thread and waiting for its next call; as many as the tower holds at once.
 class ScratchPool {
  public:
-  static constexpr int kBlocks = 8;
+  static constexpr int kBlocks = 24;
 
   static ScratchPool& of_this_thread() {
     static thread_local ScratchPool pool;
@@ -63,7 +63,7 @@ class Scratch {
   ~Scratch() { ScratchPool::of_this_thread().give(block_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  T* data() { return static_cast<T*>(block_.data); }
+  T* data() const { return static_cast<T*>(block_.data); }
 
  private:
   ScratchPool::Block block_;

@@ -57,8 +57,11 @@ PANDA_INLINE vf widen(vh h) {
 #endif
 }
 
-// Rounds to nearest, ties to even; a NaN stays a (quiet) NaN.
+// Rounds to nearest, ties to even; a NaN stays a (quiet) NaN. The instruction flushes subnormals to zero.
 PANDA_INLINE vh narrow(vf v) {
+#if defined(__AVX512BF16__)
+  return (vh)_mm512_cvtneps_pbh((__m512)v);
+#else
   const vu u = float_to_bits(v);
   const vu rounded = u + 0x7fffu + ((u >> 16) & 1u);
   const vu nan = u | 0x400000u;
@@ -67,6 +70,7 @@ PANDA_INLINE vh narrow(vf v) {
   return (vh)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)(kept >> 16));
 #else
   return __builtin_convertvector(kept >> 16, vh);
+#endif
 #endif
 }
 

@@ -14,13 +14,19 @@ from torch import Tensor
 
 from .. import backends
 from ..spec import OpSpec
+from ._autocast import suspended
 
 _library = torch.library.Library("panda_kernels", "DEF")
 SPECS: dict[str, OpSpec] = {}
 
 
-def register(spec: OpSpec, fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Define ``spec`` as a torch op; ``fake`` takes the op's arguments and returns an empty result."""
+def register(spec: OpSpec, fake: Callable[..., Tensor],
+             check_values: Callable[..., None] | None = None) -> Callable[..., Tensor]:
+    """Define ``spec`` as a torch op.
+
+    ``fake`` takes the op's arguments and returns an empty result. ``check_values`` takes them too and raises on what
+    shapes and dtypes do not tell; it is called with real tensors only, also from a compiled graph.
+    """
     SPECS[spec.name] = spec
     name = f"panda_kernels::{spec.name}"
     _library.define(f"{spec.name}({spec.schema}, str backend) -> Tensor")
@@ -28,16 +34,20 @@ def register(spec: OpSpec, fake: Callable[..., Tensor]) -> Callable[..., Tensor]
 
     def fwd(*args: Any) -> Tensor:
         *inputs, backend = args
-        return backends.choose(spec.name, "fwd", backend, inputs)(*inputs)
+        if check_values is not None:
+            check_values(*inputs)
+        with suspended(inputs[0]):
+            return backends.choose(spec.name, "fwd", backend, inputs)(*inputs)
 
     def bwd(grad: Tensor, *args: Any) -> list[Tensor]:
         *inputs, backend, needs = args
-        grads = backends.choose(spec.name, "bwd", backend, inputs)(grad, *inputs, needs=needs)
-        return [g.contiguous() for g, needed in zip(grads, needs) if needed]
+        with suspended(grad):
+            grads = backends.choose(spec.name, "bwd", backend, inputs)(grad, *inputs, needs=needs)
+        return [g.contiguous() for g, needed in zip(grads, needs, strict=False) if needed]
 
     def bwd_fake(grad: Tensor, *args: Any) -> list[Tensor]:
         *inputs, _, needs = args
-        return [t.new_empty(t.shape) for t, needed in zip(_tensors(inputs), needs) if needed]
+        return [t.new_empty(t.shape) for t, needed in zip(_tensors(inputs), needs, strict=True) if needed]
 
     _library.impl(spec.name, fwd, "CompositeExplicitAutograd")
     _library.impl(f"{spec.name}_bwd", bwd, "CompositeExplicitAutograd")
@@ -51,10 +61,11 @@ def register(spec: OpSpec, fake: Callable[..., Tensor]) -> Callable[..., Tensor]
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
-        args = [next(saved) if tensor else plain for tensor, plain in zip(ctx.is_tensor, ctx.plain)]
-        needs = [n for n, tensor in zip(ctx.needs_input_grad, ctx.is_tensor) if tensor]
+        args = [next(saved) if tensor else plain for tensor, plain in zip(ctx.is_tensor, ctx.plain, strict=True)]
+        needs = [n for n, tensor in zip(ctx.needs_input_grad, ctx.is_tensor, strict=True) if tensor]
         grads = iter(getattr(torch.ops.panda_kernels, f"{spec.name}_bwd")(grad, *args, needs))
-        return tuple(next(grads) if t and n else None for t, n in zip(ctx.is_tensor, ctx.needs_input_grad))
+        return tuple(next(grads) if t and n else None
+                     for t, n in zip(ctx.is_tensor, ctx.needs_input_grad, strict=True))
 
     torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_library)
     return getattr(torch.ops.panda_kernels, spec.name)

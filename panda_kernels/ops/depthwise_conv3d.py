@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..checks import Checks
 from ..spec import Cost, Draw, Inputs, OpSpec, tensor_bytes
+from ._autocast import cast
 from ._register import register
 
 
@@ -79,6 +80,7 @@ def depthwise_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, r
         check.fail("weight", "odd kernel sizes", list(weight.shape[2:]))
     if bias is not None:
         check.shape("bias", bias, (x.shape[-1],))
+    x, weight, bias = cast(x, weight, bias)
     check.same(x=x, weight=weight, bias=bias)
     return _op(x, weight, bias, residual, backend)
 

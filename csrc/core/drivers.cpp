@@ -1,0 +1,199 @@
+#include "drivers.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "kernels.h"
+#include "parallel.h"
+#include "product.h"
+
+namespace panda {
+
+namespace {
+
+constexpr int64_t kBlockRows = 512;   // rows whose intermediates stay in the caches
+constexpr int64_t kPoolTokens = 256;  // tokens of one partial softmax; fixed, so that no batch changes a bit
+constexpr int64_t kPoolStates = 64;   // partial results held at a time
+
+// Rows as a product wants them: as they are, or copied to a padded stride.
+class ProductRows {
+ public:
+  ProductRows(Dtype dtype, int64_t capacity, int64_t k)
+      : row_(k * size_of(dtype)),
+        stride_(padded_k(dtype, k)),
+        padded_(stride_ * size_of(dtype)),
+        copy_(padded_ == row_ ? 1 : capacity * padded_) {}
+
+  int64_t stride() const { return stride_; }
+
+  const void* get(const void* x, int64_t rows) {
+    if (padded_ == row_) return x;
+    std::memset(copy_.data(), 0, rows * padded_);
+    for (int64_t i = 0; i < rows; ++i)
+      std::memcpy(copy_.data() + i * padded_, static_cast<const char*>(x) + i * row_, row_);
+    return copy_.data();
+  }
+
+ private:
+  int64_t row_, stride_, padded_;
+  Scratch<char> copy_;
+};
+
+int64_t rows_for(int64_t tokens, int64_t least) { return std::max((kBlockRows + tokens - 1) / tokens, least); }
+
+}  // namespace
+
+void depthwise_conv3d(const Depthwise& a) {
+  parallel_for(depthwise_items(a), [&](int64_t first, int64_t last) { kernels().depthwise(a, first, last); });
+}
+
+void patch_embed(Dtype dtype, const Pixels& pixels, int64_t frames, int64_t h, int64_t w, const void* packed, int64_t c,
+                 void* out) {
+  const int64_t k = 3 * pixels.patch * pixels.patch, stride = padded_k(dtype, k), size = size_of(dtype);
+  const int64_t band = rows_for(w, 1);
+  Scratch<char> patches(band * w * stride * size);
+  for (int64_t row0 = 0; row0 < frames * h; row0 += band) {
+    const int64_t rows = std::min(band, frames * h - row0);
+    parallel_for(rows, [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row)
+        kernels().patch_row(pixels, (row0 + row) / h, (row0 + row) % h, w,
+                            {dtype, patches.data() + row * w * stride * size, stride});
+    });
+    product(dtype, {patches.data(), stride, packed, k, c, static_cast<char*>(out) + row0 * w * c * size, c}, rows * w);
+  }
+}
+
+void local_encoding(Dtype dtype, int64_t clips, Grid grid, const void* x0, const void* squeeze,
+                    const float* squeeze_bias, const LocalEncodingWeights& weights, void* out) {
+  const int64_t band = rows_for(grid.frames * grid.w, 2), size = size_of(dtype), c = weights.c, r = weights.r;
+  const int64_t row = grid.w * c * size;
+  LocalEncoder encoder(dtype, grid, weights, band);
+  ProductRows input(dtype, band * grid.w, c);
+  for (int64_t clip = 0; clip < clips; ++clip) {
+    const auto at = [&](int64_t frame, int64_t i) { return ((clip * grid.frames + frame) * grid.h + i) * row; };
+    int64_t done = 0;
+    for (int64_t i0 = 0; i0 < grid.h; i0 += band) {
+      const int64_t rows = std::min(band, grid.h - i0), tokens = rows * grid.w;
+      std::vector<const void*> residual;
+      for (int64_t frame = 0; frame < grid.frames; ++frame) {
+        residual.push_back(static_cast<const char*>(x0) + at(frame, i0));
+        char* hidden = static_cast<char*>(encoder.hidden()) + frame * tokens * r * size;
+        Gemm g{input.get(residual.back(), tokens), input.stride(), squeeze, c, r, hidden, r};
+        g.bias = squeeze_bias;
+        product(dtype, g, tokens);
+      }
+      encoder.expand(i0, rows, residual.data());
+      const int64_t ready = encoder.ready(i0 + rows);
+      std::vector<void*> to;
+      for (int64_t i = done; i < ready; ++i)
+        for (int64_t frame = 0; frame < grid.frames; ++frame) to.push_back(static_cast<char*>(out) + at(frame, i));
+      encoder.convolve(done, ready, to.data());
+      done = ready;
+    }
+  }
+}
+
+void attention_pool(const Pooling& a) {
+  struct Item {
+    int64_t sample, first, count;
+  };
+  std::vector<Item> items;
+  for (int64_t s = 0; s < a.samples; ++s)
+    for (int64_t at = a.offsets[s]; at < a.offsets[s + 1]; at += kPoolTokens)
+      items.push_back({s, at, std::min(kPoolTokens, a.offsets[s + 1] - at)});
+  const int64_t floats = pool_state_floats(a.n, a.c);
+  Scratch<float> partial(kPoolStates * floats), total(a.samples * floats);
+  const auto pool = [&](int64_t sample) {
+    return Pool{a.dtype, a.queries + sample * a.query_stride, a.n, a.c, a.eps};
+  };
+  for (int64_t s = 0; s < a.samples; ++s)
+    kernels().pool_reset(pool(s), pool_state(total.data() + s * floats, a.n));
+  for (int64_t base = 0; base < int64_t(items.size()); base += kPoolStates) {
+    const int64_t count = std::min<int64_t>(kPoolStates, int64_t(items.size()) - base);
+    parallel_for(count, [&](int64_t first, int64_t last) {
+      for (int64_t k = first; k < last; ++k) {
+        const Item& item = items[base + k];
+        const PoolState state = pool_state(partial.data() + k * floats, a.n);
+        kernels().pool_reset(pool(item.sample), state);
+        kernels().pool_tokens(pool(item.sample), state,
+                              static_cast<const char*>(a.x) + item.first * a.c * size_of(a.dtype), item.count);
+      }
+    });
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t sample = items[base + k].sample;
+      kernels().pool_merge(pool(sample), pool_state(total.data() + sample * floats, a.n),
+                           pool_state(partial.data() + k * floats, a.n));
+    }
+  }
+  for (int64_t s = 0; s < a.samples; ++s)
+    kernels().pool_finish(pool(s), pool_state(total.data() + s * floats, a.n), a.z + s * a.n * a.c);
+}
+
+void window_attention_pool(Dtype dtype, const void* x, const int64_t* corners, int64_t frames, int64_t h, int64_t w,
+                           int64_t window, const WindowPoolWeights& weights, void* y) {
+  const int64_t token = weights.c * size_of(dtype);
+  std::vector<const void*> tokens;
+  std::vector<void*> out;
+  WindowPool pool(dtype, weights, kBlockRows);
+  char* next = static_cast<char*>(y);
+  const auto flush = [&] {
+    pool.run(tokens.data(), nullptr, int64_t(out.size()), out.data());
+    tokens.clear();
+    out.clear();
+  };
+  for (int64_t frame = 0; frame < frames; ++frame) {
+    const int64_t* c = corners + frame * 4;
+    for (int64_t i = c[0]; i + window <= c[1]; i += window)
+      for (int64_t j = c[2]; j + window <= c[3]; j += window) {
+        for (int64_t k = 0; k < window * window; ++k)
+          tokens.push_back(static_cast<const char*>(x) +
+                           ((frame * h + i + k / window) * w + j + k % window) * token);
+        out.push_back(next);
+        next += token;
+        if (int64_t(out.size()) == kBlockRows) flush();
+      }
+  }
+  flush();
+}
+
+void assemble_tokens(Dtype dtype, const void* y, const void* f, const void* split, const int64_t* corners,
+                     int64_t frames, int64_t window, int64_t c, void* tokens) {
+  const int64_t token = c * size_of(dtype);
+  const char* from = static_cast<const char*>(y);
+  char* to = static_cast<char*>(tokens);
+  const auto put = [&](const void* data, int64_t count) {
+    std::memcpy(to, data, count * token);
+    to += count * token;
+  };
+  for (int64_t frame = 0; frame < frames; ++frame) {
+    const int64_t* r = corners + frame * 4;
+    const int64_t rows = (r[1] - r[0]) / window, cols = (r[3] - r[2]) / window;
+    put(static_cast<const char*>(f) + frame * token, 1);
+    for (int64_t row = 0; row < rows; ++row, from += cols * token) {
+      put(from, cols);
+      put(split, 1);
+    }
+  }
+}
+
+void token_mlp(const TokenMlp& a) {
+  const int64_t size = size_of(a.dtype), stride = padded_k(a.dtype, a.hidden);
+  const int64_t block = std::min<int64_t>(a.rows, a.dtype == Dtype::float32 ? kBlockRows : 2 * kBlockRows);
+  ProductRows input(a.dtype, block, a.c);
+  Scratch<char> hidden(block * stride * size);
+  if (stride != a.hidden) std::memset(hidden.data(), 0, block * stride * size);
+  for (int64_t row = 0; row < a.rows; row += block) {
+    const int64_t rows = std::min(block, a.rows - row);
+    Gemm first{input.get(static_cast<const char*>(a.x) + row * a.c * size, rows), input.stride(), a.w1, a.c, a.hidden,
+               hidden.data(), stride};
+    first.bias = a.b1;
+    first.activation = Activation::gelu_erf;
+    product(a.dtype, first, rows);
+    Gemm second{hidden.data(), stride, a.w2, a.hidden, a.n, static_cast<char*>(a.out) + row * a.n * size, a.n};
+    second.bias = a.b2;
+    product(a.dtype, second, rows);
+  }
+}
+
+}  // namespace panda

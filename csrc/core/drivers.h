@@ -1,0 +1,58 @@
+// The ops of the CPU backend as whole calls on all threads, each a few lines over the kernels. Arrays are contiguous,
+// matrices packed, affines folded; strides that a bfloat16 product asks for are made here.
+#pragma once
+#include <cstdint>
+
+#include "depthwise.h"
+#include "gemm.h"
+#include "local_encoding.h"
+#include "patches.h"
+#include "window_pool.h"
+
+namespace panda {
+
+void depthwise_conv3d(const Depthwise&);
+
+// pixels -> out [frames][grid.h][grid.w][c]; `packed` is [c, 3 * patch^2].
+void patch_embed(Dtype, const Pixels&, int64_t frames, int64_t h, int64_t w, const void* packed, int64_t c, void* out);
+
+// x0, out [clips][frames][h][w][c]; `squeeze` packed [r, c].
+void local_encoding(Dtype, int64_t clips, Grid, const void* x0, const void* squeeze, const float* squeeze_bias,
+                    const LocalEncodingWeights&, void* out);
+
+// Sample s pools tokens [offsets[s], offsets[s + 1]) of x by its n queries, `query_stride` floats apart from sample to
+// sample (0: shared); z is [samples][n][c] float.
+struct Pooling {
+  Dtype dtype;
+  const void* x;
+  const int64_t* offsets;
+  int64_t samples;
+  const float* queries;
+  int64_t query_stride, n, c;
+  float eps;
+  float* z;
+};
+void attention_pool(const Pooling&);
+
+// x [frames][h][w][c] and corners as in tower.h -> y [windows][c].
+void window_attention_pool(Dtype, const void* x, const int64_t* corners, int64_t frames, int64_t h, int64_t w,
+                           int64_t window, const WindowPoolWeights&, void* y);
+
+// Per frame [f; row of y; split; row of y; split; ...].
+void assemble_tokens(Dtype, const void* y, const void* f, const void* split, const int64_t* corners, int64_t frames,
+                     int64_t window, int64_t c, void* tokens);
+
+// out [rows][n] = gelu(x w1^T + b1) w2^T + b2; w1 packed [hidden, c], w2 packed [n, hidden].
+struct TokenMlp {
+  Dtype dtype;
+  const void* x;
+  int64_t rows, c, hidden, n;
+  const void* w1;
+  const float* b1;
+  const void* w2;
+  const float* b2;
+  void* out;
+};
+void token_mlp(const TokenMlp&);
+
+}  // namespace panda

@@ -1,0 +1,73 @@
+#include "local_encoding.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "kernels.h"
+#include "parallel.h"
+#include "product.h"
+
+namespace panda {
+
+LocalEncoder::LocalEncoder(Dtype dtype, Grid grid, const LocalEncodingWeights& weights, int64_t band)
+    : dtype_(dtype),
+      grid_(grid),
+      weights_(weights),
+      band_(band),
+      depth_(padded_k(dtype, weights.r)),
+      hidden_(grid.frames * band * grid.w * weights.r * size_of(dtype)),
+      mixed_(grid.frames * band * grid.w * depth_ * size_of(dtype)),
+      x1_(2 * grid.frames * band * grid.w * weights.c * size_of(dtype)) {}
+
+char* LocalEncoder::x1_row(int64_t frame, int64_t i) const {
+  const int64_t rows = std::min(band_, grid_.h - i / band_ * band_);
+  const int64_t row = i / band_ % 2 * grid_.frames * band_ + frame * rows + i % band_;
+  return x1_.data() + row * grid_.w * weights_.c * size_of(dtype_);
+}
+
+void LocalEncoder::expand(int64_t i0, int64_t rows, const void* const* x0) {
+  const int64_t tokens = rows * grid_.w, c = weights_.c, r = weights_.r;
+  const Temporal over_time{dtype_,      hidden_.data(), mixed_.data(),      r,
+                           depth_,      grid_.frames,   tokens,             r,
+                           weights_.time_taps,          weights_.time_bias};
+  parallel_for(tokens, [&](int64_t first, int64_t last) { kernels().temporal(over_time, first, last); });
+  Gemm g{mixed_.data(), depth_, weights_.expand, r, c, x1_row(0, i0), c};
+  g.bias = weights_.expand_bias;
+  g.ldr = c;
+  // Frames that follow one another in x0 too, as the tower's do, are one product.
+  const int64_t frame_bytes = tokens * c * size_of(dtype_);
+  int64_t together = 1;
+  while (together < grid_.frames &&
+         x0[together] == static_cast<const char*>(x0[0]) + together * frame_bytes)
+    ++together;
+  const int64_t step = together == grid_.frames ? together : 1;
+  for (int64_t frame = 0; frame < grid_.frames; frame += step) {
+    g.residual = x0[frame];
+    product(dtype_, g, step * tokens);
+    g.a = static_cast<const char*>(g.a) + tokens * depth_ * size_of(dtype_);
+    g.c = static_cast<char*>(g.c) + frame_bytes;
+  }
+}
+
+void LocalEncoder::convolve(int64_t i0, int64_t i1, void* const* out) {
+  if (i0 >= i1) return;
+  const int64_t rows = i1 - i0, c = weights_.c;
+  for (int64_t t0 = 0; t0 < grid_.frames; t0 += kMaxFrames) {
+    const int frames = int(std::min<int64_t>(kMaxFrames, grid_.frames - t0));
+    std::vector<const void*> input;
+    std::vector<void*> output;
+    for (int64_t i = i0 - 1; i <= i1; ++i)
+      for (int64_t t = t0 - 1; t <= t0 + frames; ++t)
+        input.push_back(i >= 0 && i < grid_.h && t >= 0 && t < grid_.frames ? x1_row(t, i) : nullptr);
+    for (int64_t i = i0; i < i1; ++i)
+      for (int64_t t = t0; t < t0 + frames; ++t) output.push_back(out[(i - i0) * grid_.frames + t]);
+    const DepthwiseRows a{dtype_,  input.data(), output.data(),          rows,
+                          frames,  grid_.w,      c,                      weights_.position_taps,
+                          weights_.position_bias};
+    parallel_for((c + kDepthwiseChunk - 1) / kDepthwiseChunk, [&](int64_t first, int64_t last) {
+      kernels().depthwise_rows(a, first * kDepthwiseChunk, std::min(c, last * kDepthwiseChunk));
+    });
+  }
+}
+
+}  // namespace panda

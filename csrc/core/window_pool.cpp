@@ -1,0 +1,73 @@
+#include "window_pool.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "kernels.h"
+#include "parallel.h"
+#include "product.h"
+
+namespace panda {
+
+// Windows whose folded queries, a head's [windows, c], stay in the second-level cache.
+constexpr int64_t kBlock = 64;
+
+WindowPool::WindowPool(Dtype dtype, const WindowPoolWeights& weights, int64_t capacity)
+    : dtype_(dtype),
+      weights_(weights),
+      stride_(padded_k(dtype, weights.c)),
+      xhat_(capacity * weights.size * stride_ * size_of(dtype)),
+      mean_(capacity * weights.c * int64_t(sizeof(float))),
+      normalised_(capacity * stride_ * size_of(dtype)),
+      query_((capacity * stride_ + 32) * size_of(dtype)),  // a head's slice is read up to a multiple of 32
+      pooled_(capacity * stride_ * size_of(dtype)),
+      result_(capacity * weights.c * size_of(dtype)) {
+  std::memset(query_.data(), 0, (capacity * stride_ + 32) * size_of(dtype));
+  std::memset(pooled_.data(), 0, capacity * stride_ * size_of(dtype));
+}
+
+void WindowPool::head(int64_t head, int64_t first, int64_t last) {
+  const int64_t c = weights_.c, width = c / weights_.heads, size = size_of(dtype_);
+  Scratch<float> folded(kBlock * c);
+  Scratch<char> z(kBlock * stride_ * size);
+  const char* keys = static_cast<const char*>(weights_.keys) + head * packed_bytes(dtype_, c, width);
+  Gemm fold{query_.data() + (first * stride_ + head * width) * size, stride_, keys, width, c, folded.data(), c};
+  fold.c_is_float = true;
+  gemm(dtype_, fold, 0, last - first, 0, panels(c));
+  const WindowAttention attention{dtype_, folded.data(), xhat_.data(), z.data(), weights_.size, c, stride_};
+  kernels().window_attention(attention, first, last);
+  const char* values = static_cast<const char*>(weights_.values) + head * packed_bytes(dtype_, width, c);
+  const Gemm project{z.data(), stride_, values, c, width, pooled_.data() + (first * stride_ + head * width) * size,
+                     stride_};
+  gemm(dtype_, project, 0, last - first, 0, panels(width));
+}
+
+void WindowPool::run(const void* const* tokens, const void* const* added, int64_t count, void* const* out) {
+  if (count == 0) return;
+  const int64_t c = weights_.c, row = c * size_of(dtype_);
+  const WindowTokens windows{dtype_,       tokens,       added,        weights_.size, c, stride_,
+                             weights_.eps, xhat_.data(), reinterpret_cast<float*>(mean_.data()), normalised_.data()};
+  parallel_for(count, [&](int64_t first, int64_t last) { kernels().window_tokens(windows, first, last); });
+
+  Gemm query{normalised_.data(), stride_, weights_.query, c, c, query_.data(), stride_};
+  query.bias = weights_.query_bias;
+  product(dtype_, query, count);
+
+  const int64_t blocks = (count + kBlock - 1) / kBlock;
+  parallel_for(weights_.heads * blocks, [&](int64_t first, int64_t last) {
+    for (int64_t item = first; item < last; ++item) {
+      const int64_t window = item % blocks * kBlock;
+      head(item / blocks, window, std::min(count, window + kBlock));
+    }
+  });
+
+  Gemm project{pooled_.data(), stride_, weights_.out, c, c, result_.data(), c};
+  project.bias = weights_.out_bias;
+  project.residual = mean_.data();
+  project.ldr = c;
+  project.residual_is_float = true;
+  product(dtype_, project, count);
+  for (int64_t m = 0; m < count; ++m) std::memcpy(out[m], result_.data() + m * row, row);
+}
+
+}  // namespace panda

@@ -1,0 +1,40 @@
+// LSD on a list of windows: four products of C x C a window instead of ten, through queries folded into the keys and
+// values projected after pooling (SPEC, "The same function, cheaper").
+#pragma once
+#include <cstdint>
+
+#include "gemm.h"
+#include "scratch.h"
+
+namespace panda {
+
+// LayerNorm affines, the scale of the logits and the bias that the values' affine leaves are folded in by the caller.
+struct WindowPoolWeights {
+  int64_t c, heads, size;  // size: tokens of a window
+  float eps;
+  const void* query;        // packed [c, c]
+  const float* query_bias;  // [c]
+  const void* keys;         // packed [c, c / heads], one a head, packed_bytes() apart
+  const void* values;       // packed [c / heads, c], one a head
+  const void* out;          // packed [c, c]
+  const float* out_bias;    // [c]
+};
+
+class WindowPool {
+ public:
+  // For lists of at most `capacity` windows.
+  WindowPool(Dtype dtype, const WindowPoolWeights& weights, int64_t capacity);
+
+  // tokens[m * size + j] and, where `added` is not null, what is added to it; out[m] receives the row of c channels.
+  void run(const void* const* tokens, const void* const* added, int64_t count, void* const* out);
+
+ private:
+  void head(int64_t head, int64_t first, int64_t last);
+
+  Dtype dtype_;
+  WindowPoolWeights weights_;
+  int64_t stride_;  // of rows that feed a product over all channels
+  Scratch<char> xhat_, mean_, normalised_, query_, pooled_, result_;
+};
+
+}  // namespace panda

@@ -1,0 +1,33 @@
+// What surrounds the products of local spatial downsampling: the window's tokens before them, its attention between.
+#pragma once
+#include <cstdint>
+
+#include "types.h"
+
+namespace panda {
+
+// A window has `size` tokens. tokens[m * size + j] is token j of window m; where `added` is not null, the token is the
+// sum of the two. For each window in [first, last): its normalised tokens, their mean before normalisation, and the mean
+// normalised. Rows of xhat and query are `stride` apart and zero beyond c.
+struct WindowTokens {
+  Dtype dtype;
+  const void* const* tokens;
+  const void* const* added;
+  int64_t size, c, stride;
+  float eps;
+  void* xhat;   // [m][size][stride]
+  float* mean;  // [m][c]
+  void* query;  // [m][stride]
+};
+
+// One head over windows [first, last): z[m] = sum_j softmax_j(u[m] . xhat[m][j]) xhat[m][j]. Windows are numbered from
+// `first` in u and z, which hold one block of them, and from 0 in xhat.
+struct WindowAttention {
+  Dtype dtype;
+  const float* u;    // [m - first][c], the query folded into the keys
+  const void* xhat;  // [m][size][stride]
+  void* z;           // [m - first][stride]
+  int64_t size, c, stride;
+};
+
+}  // namespace panda

@@ -1,0 +1,38 @@
+"""Tensors as the compiled core wants them: contiguous, float32 or bfloat16, weights folded and packed."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+kernels = torch.ops.panda_kernels_cpu
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a call in ``dtype`` computes in: float16 products have no fast path on a CPU, so they are float32."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def array(x: Tensor) -> Tensor:
+    return x.to(compute_dtype(x.dtype)).contiguous()
+
+
+def floats(x: Tensor) -> Tensor:
+    return x.float().contiguous()
+
+
+def pack(weight: Tensor, dtype: torch.dtype, *, transposed: bool = False) -> Tensor:
+    """One weight ``[n, k]``, or a stack of them, laid out for the products; ``transposed`` packs ``[k, n]``."""
+    stack = weight.to(dtype)
+    stack = stack[None] if stack.ndim == 2 else stack
+    matrices, n, k = stack.shape if not transposed else (stack.shape[0], stack.shape[2], stack.shape[1])
+    packed = torch.empty(matrices * kernels.packed_bytes(dtype == torch.bfloat16, n, k), dtype=torch.uint8)
+    kernels.pack(stack, matrices, transposed, packed)
+    return packed
+
+
+def tap_rows(weight: Tensor, *, residual: bool) -> Tensor:
+    """``[C, 1, kt, kh, kw]`` -> ``[taps, C]`` float32, the identity of a residual added to the centre tap."""
+    taps = weight.float().flatten(1).T.contiguous()
+    if residual:
+        taps[taps.shape[0] // 2] += 1.0
+    return taps

@@ -1,0 +1,33 @@
+"""Patches extracted band by band, normalised on the way, and multiplied while they are in the caches."""
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ..torch.patch_embed import CLIP_MEAN, CLIP_STD
+from . import refusals  # noqa: F401
+from ._arrays import compute_dtype, kernels, pack
+
+
+@functools.cache
+def normalisation() -> Tensor:
+    """Scale and shift of the three channels that turn a byte into a normalised pixel, ``[6]`` float32."""
+    mean, std = torch.tensor(CLIP_MEAN, dtype=torch.float64), torch.tensor(CLIP_STD, dtype=torch.float64)
+    return torch.cat([1 / (255 * std), -mean / std]).float()
+
+
+def readable(pixels: Tensor) -> Tensor:
+    """Pixels of a type the kernels read through their strides; float16 and float64 are copied to float32."""
+    return pixels if pixels.dtype in (torch.uint8, torch.float32, torch.bfloat16) else pixels.float()
+
+
+def fwd(pixels: Tensor, weight: Tensor, present: Tensor | None) -> Tensor:
+    batch, frames, _, height, width = pixels.shape
+    channels, _, patch, _ = weight.shape
+    dtype = compute_dtype(weight.dtype)
+    y = torch.empty(batch, frames, height // patch, width // patch, channels, dtype=dtype)
+    kernels.patch_embed(readable(pixels), None if present is None else present.contiguous(), normalisation(), patch,
+                        pack(weight.flatten(1), dtype), y)
+    return y.to(weight.dtype)

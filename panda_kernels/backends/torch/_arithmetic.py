@@ -1,0 +1,47 @@
+"""The dtypes that this backend computes in, and the products and norms that several ops share."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """Where statistics, softmax and sums over many tokens are computed."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _slow(x: Tensor) -> bool:
+    """torch's float16 products fall to 1 GFLOP/s on CPUs without float16 arithmetic."""
+    return x.dtype == torch.float16 and x.device.type == "cpu"
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if _slow(x):
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    return F.linear(x, weight, bias)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    return (a.float() @ b.float()).to(a.dtype) if _slow(a) else a @ b
+
+
+def rows(x: Tensor) -> Tensor:
+    """``[..., C]`` -> ``[tokens, C]``."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum over all tokens, ``[..., C]`` -> ``[C]``, in the wide dtype: a bias's gradient."""
+    return rows(x).sum(0, dtype=wide(x))
+
+
+def normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm without affine in the wide dtype, with the mean and the reciprocal deviation its gradient needs."""
+    return torch.native_layer_norm(x.to(wide(x)), x.shape[-1:], None, None, eps)
+
+
+def normalise_bwd(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """The gradient of :func:`normalise` with respect to ``x``, in the wide dtype."""
+    return torch.ops.aten.native_layer_norm_backward(
+        grad, x.to(grad.dtype), x.shape[-1:], mean, rstd, None, None, [True, False, False])[0]

@@ -1,0 +1,69 @@
+"""Tensors computed from a module's weights once, and kept until one of the weights changes."""
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from itertools import chain
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
+
+
+def can_fold(module: nn.Module) -> bool:
+    """Whether weights may be taken as constants: evaluation mode, no gradient wanted, and nothing being traced."""
+    if module.training or torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return False
+    return not (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()))
+
+
+class Folded(Generic[M, T]):
+    """``build(module)``, computed at the first :meth:`get` and again after any parameter or buffer has changed.
+
+    A change is a tensor replaced (``.to``, ``load_state_dict(assign=True)``, a new ``Parameter``) or written in place
+    (an optimizer step, ``load_state_dict``, ``copy_``): storage, address and torch's version counter are compared.
+    Torch does not count writes through ``.data``; call :meth:`clear` after them. Weights made in inference mode
+    have no counter, so they are never kept.
+
+    Only for use where :func:`can_fold` holds. ``build`` runs without gradients and outside autocast; to pickle the
+    module it must be a module-level function.
+    """
+
+    def __init__(self, module: M, build: Callable[[M], T]) -> None:
+        self.module = module
+        self.build = build
+        self._kept: tuple[list[tuple[int, int, int]], list[StorageWeakRef], T] | None = None
+
+    def get(self) -> T:
+        tensors = list(chain(self.module.parameters(), self.module.buffers()))
+        if any(t.is_inference() for t in tensors):
+            return self._build(tensors)
+        key = [_identity(t) for t in tensors]
+        if self._kept is None or self._kept[0] != key:
+            # The weak references keep a freed storage's identity from being given to a new one.
+            references = [StorageWeakRef(t.untyped_storage()) for t in tensors]
+            self._kept = (key, references, self._build(tensors))
+        return self._kept[2]
+
+    def clear(self) -> None:
+        """Forget the value."""
+        self._kept = None
+
+    def _build(self, tensors: list[Tensor]) -> T:
+        with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+            return self.build(self.module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Folded[M, T]:
+        return Folded(copy.deepcopy(self.module, memo), self.build)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self.module, "build": self.build, "_kept": None}
+
+
+def _identity(tensor: Tensor) -> tuple[int, int, int]:
+    return tensor.untyped_storage()._cdata, tensor.data_ptr(), tensor._version

@@ -1,0 +1,52 @@
+"""The projector: from the tower's tokens to the language model's width (SPEC stage 10)."""
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import checkpoint, ops
+
+
+class Projector(nn.Sequential):
+    """``Linear(dim -> out_dim)``, exact GELU, ``Linear(out_dim -> out_dim)`` on every token.
+
+    The children ``0`` and ``2`` hold the parameters, as in the checkpoints.
+
+    Attributes:
+        backend: which implementation of the op to use, ``auto`` or a name of ``panda_kernels.backends.NAMES``.
+
+    Source: SPEC stage 10.
+    """
+
+    def __init__(self, dim: int = 1024, out_dim: int = 4096, *, device: torch.device | str | None = None,
+                 dtype: torch.dtype | None = None) -> None:
+        super().__init__(nn.Linear(dim, out_dim, device=device, dtype=dtype), nn.GELU(),
+                         nn.Linear(out_dim, out_dim, device=device, dtype=dtype))
+        self.backend = "auto"
+
+    @classmethod
+    def from_checkpoint(cls, path: str | PathLike[str], *, dtype: torch.dtype | None = None,
+                        device: torch.device | str | None = None) -> Projector:
+        """The projector of a checkpoint, in evaluation mode; sizes are those of its tensors.
+
+        ``path``, ``dtype``, ``device`` and what is raised are those of :meth:`STAB.from_checkpoint`; the tensors are
+        named ``model.video_projector.*``, ``model.mm_projector.*`` or, bare, ``{0,2}.{weight,bias}``.
+        """
+        tensors = checkpoint.read(path, checkpoint.PROJECTOR_PREFIXES, cls(device="meta").state_dict())
+        first = tensors.get("0.weight")
+        out_dim, dim = first.shape if first is not None and first.ndim == 2 else (4096, 1024)
+        return checkpoint.fill(cls(dim, out_dim, device="meta"), tensors, path, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens ``[..., dim]`` of the parameters' dtype -> ``[..., out_dim]``.
+
+        Raises:
+            ValueError: a wrong width, no tokens, or tensors on several devices.
+            TypeError: dtypes that differ.
+        """
+        parts: Any = self
+        first, _, last = parts
+        return ops.token_mlp(x, first.weight, first.bias, last.weight, last.bias, backend=self.backend)
