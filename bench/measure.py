@@ -54,12 +54,14 @@ class Bench:
                     reference_error=errors.reference, error_limit=errors.limit)
         if self.fixture.disabled:
             return
-        median = self.fixture.stats.stats.median
+        ours_seconds = self.fixture.stats.stats
+        median = ours_seconds.median
         least = self.peaks.least_seconds(cost.bytes, cost.flops, labels["dtype"])
         info.update(
             gb_s=cost.bytes / median / 1e9,
             gflop_s=cost.flops / median / 1e9,
             fraction_of_peak=least / median,
+            spread=(ours_seconds.q3 - ours_seconds.q1) / median,
             peers={name: _summary(seconds, median) for name, seconds in samples.items()},
         )
 

@@ -131,7 +131,7 @@ def check_op(spec: OpSpec, names: Sequence[str], report: Report) -> None:
             by_torch = _Reference(spec, inputs)
             for backend, direction in product(names, (FORWARD, BACKWARD)):
                 if why := refusals(spec, backend, inputs, "fwd" if direction == FORWARD else "bwd"):
-                    report.skip(f"{spec.name}: {backend} does not serve {_name(dtype)} {direction}: {why[0]}")
+                    report.skip(f"{spec.name} {direction} by {backend}: {'; '.join(why)}")
                     continue
                 label = (spec.name, backend, _name(dtype), direction, case)
                 call = partial(_run, partial(public_op(spec), backend=backend), inputs, direction)
@@ -167,7 +167,7 @@ def check_tower(names: Sequence[str], report: Report, *, dim: int = 1024, size: 
                 try:
                     report.rows += _compare(label, call, by_torch, exact, Tolerance(), dtype)
                 except BackendError as error:
-                    report.skip(f"{TOWER}: {backend} does not serve {_name(dtype)} {direction}: {error}")
+                    report.skip(f"{TOWER} {direction} by {backend}: {error}")
 
 
 def _tower_cases(size: int) -> dict[str, Tensor]:

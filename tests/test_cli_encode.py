@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from test_video import write_video
 from torch import nn
 
+import python_ref
 from panda_kernels import cli, encode, info
 from panda_kernels.encode import Model
+from panda_kernels.video import read_clip
 
 
 class Tower(nn.Module):
@@ -190,6 +193,27 @@ def test_seeded_weights_are_the_same_model_each_time():
     one, two, other = (encode.load_model(None, seed=seed).describe() for seed in (3, 3, 4))
     assert one == two and one["weights_sha256"] != other["weights_sha256"]
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_tokens_are_those_of_the_reference(tmp_path):
+    """The whole way from a file: uint8 pixels, corners and missing frames against normalised pixels with a mask."""
+    tower, projector = python_ref.STAB(64).eval(), python_ref.Projector(64, 96)
+    for parameter in tower.parameters():
+        parameter.data.normal_(std=0.3)
+    named = {f"model.video_tower.{n}": t for n, t in tower.state_dict().items()}
+    named |= {f"model.video_projector.{n}": t for n, t in projector.state_dict().items()}
+    save_file(named, tmp_path / "model.safetensors")
+    video = write_video(tmp_path / "a.mp4", 6)
+    model = encode.load_model(tmp_path / "model.safetensors", projector=True)
+    assert encode.encode_videos([video], tmp_path, model, size=280) == 0
+    tokens = read(tmp_path / "a.safetensors")[0]["tokens"]
+
+    pixels = python_ref.split_chunks(read_clip(video, size=280).pixel_values()[None])
+    with torch.no_grad():
+        torch32 = torch.cat(tower(pixels, projector)[0])
+        exact = torch.cat(tower.double()(pixels.double(), projector.double())[0])
+    assert tokens.shape == exact.shape == (6 * (1 + 8 * 11) + 2 * (1 + 8 * 9), 96)
+    assert (tokens - exact).norm() <= 2 * (torch32 - exact).norm()
 
 
 def test_encode_with_the_tower_itself(tmp_path):

@@ -48,6 +48,14 @@ def refusals(name: str, op: str, direction: str, inputs: Sequence[Any]) -> list[
     return module.refusals(inputs)
 
 
+def first(op: str, direction: str, requested: str, inputs: Sequence[Any]) -> ModuleType | None:
+    """The module of the first backend asked that can serve a call of ``op``, or None; for ops that not all have."""
+    for name in NAMES if requested == "auto" else (requested,):
+        if not refusals(name, op, direction, inputs):
+            return _op_module(name, op)
+    return None
+
+
 def choose(op: str, direction: str, requested: str, inputs: Sequence[Any]) -> Callable[..., Any]:
     """The function that serves a call of ``op`` on ``inputs``, the op's arguments in order.
 

@@ -9,10 +9,22 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
+
+_steps = 0
+
+
+def _count_step(*_: object) -> None:
+    global _steps
+    _steps += 1
+
+
+# Fused optimizers write the weights without counting it in the version.
+register_optimizer_step_post_hook(_count_step)
 
 
 def can_fold(module: nn.Module) -> bool:
@@ -26,9 +38,9 @@ class Folded(Generic[M, T]):
     """``build(module)``, computed at the first :meth:`get` and again after any parameter or buffer has changed.
 
     A change is a tensor replaced (``.to``, ``load_state_dict(assign=True)``, a new ``Parameter``) or written in place
-    (an optimizer step, ``load_state_dict``, ``copy_``): storage, address and torch's version counter are compared.
-    Torch does not count writes through ``.data``; call :meth:`clear` after them. Weights made in inference mode
-    have no counter, so they are never kept.
+    (``load_state_dict``, ``copy_``): storage, address and torch's version counter are compared. Any optimizer's step
+    counts as a change. Torch does not count writes through ``.data``; call :meth:`clear` after them. Weights made in
+    inference mode have no counter, so what follows from them is never kept.
 
     Only for use where :func:`can_fold` holds. ``build`` runs without gradients and outside autocast; to pickle the
     module it must be a module-level function.
@@ -37,13 +49,13 @@ class Folded(Generic[M, T]):
     def __init__(self, module: M, build: Callable[[M], T]) -> None:
         self.module = module
         self.build = build
-        self._kept: tuple[list[tuple[int, int, int]], list[StorageWeakRef], T] | None = None
+        self._kept: tuple[tuple[int, list[tuple[int, int, int]]], list[StorageWeakRef], T] | None = None
 
     def get(self) -> T:
         tensors = list(chain(self.module.parameters(), self.module.buffers()))
         if any(t.is_inference() for t in tensors):
             return self._build(tensors)
-        key = [_identity(t) for t in tensors]
+        key = (_steps, [_identity(t) for t in tensors])
         if self._kept is None or self._kept[0] != key:
             # The weak references keep a freed storage's identity from being given to a new one.
             references = [StorageWeakRef(t.untyped_storage()) for t in tensors]

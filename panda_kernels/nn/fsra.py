@@ -56,5 +56,10 @@ class FSRA(nn.Module):
         u = self.fold(query) if folded is None else folded
         kv: Any = self.kv
         z = ops.attention_pool(y, u, cu_seqlens=cu_windows, eps=kv[0].eps, backend=self.backend)
+        return self.finish(query, z)
+
+    def finish(self, query: Tensor, z: Tensor) -> Tensor:
+        """What follows the pooling: ``z [frames, num_heads, C]`` -> ``f [frames, C]``."""
+        kv: Any = self.kv
         wv = kv[1].weight.chunk(2)[1]
         return query.flatten() + self.proj(project_values(z, wv, kv[0]))

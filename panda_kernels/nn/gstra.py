@@ -74,6 +74,10 @@ class GSTRA(nn.Module):
         """
         u = self.fold(query) if folded is None else folded
         z = ops.attention_pool(x, u, eps=self.ln_3.eps, backend=self.backend)
+        return self.finish(query, z)
+
+    def finish(self, query: Tensor, z: Tensor) -> Tensor:
+        """What follows the pooling: ``z [B, num_heads, C]`` -> ``g [B, C]``."""
         wv, bv = self.attn.in_proj_weight.chunk(3)[2], self.attn.in_proj_bias.chunk(3)[2]
         g = query.flatten() + self.attn.out_proj(project_values(z, wv, self.ln_3) + bv)
         return g + self.mlp(self.ln_2(g))

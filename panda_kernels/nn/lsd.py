@@ -54,9 +54,18 @@ class LSD(nn.Module):
             ValueError: a wrong rank, C or number of rectangles, an empty batch, or tensors on several devices.
             TypeError: dtypes that differ.
         """
+        return ops.window_attention_pool(x, rectangles.corners, rectangles.num_windows, *self.weights(),
+                                         num_heads=self.num_heads, window=self.window, eps=self.eps,
+                                         backend=self.backend)
+
+    @property
+    def eps(self) -> float:
+        projection: Any = self.kv
+        return projection[0].eps
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """The tensors of ``window_attention_pool``, from ``q_norm_weight`` to ``bp``."""
         projections: Any = self.q, self.kv
         (q_norm, wq), (kv_norm, wkv) = projections
-        return ops.window_attention_pool(
-            x, rectangles.corners, rectangles.num_windows, q_norm.weight, q_norm.bias, wq.weight, kv_norm.weight,
-            kv_norm.bias, wkv.weight, self.proj.weight, self.proj.bias, num_heads=self.num_heads, window=self.window,
-            eps=kv_norm.eps, backend=self.backend)
+        return (q_norm.weight, q_norm.bias, wq.weight, kv_norm.weight, kv_norm.bias, wkv.weight, self.proj.weight,
+                self.proj.bias)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..checks import Checks
 
 Affine = tuple[Tensor, Tensor]
 
@@ -38,12 +39,17 @@ def position_encoding(dim: int, **factory: Any) -> nn.Conv3d:
 def encode(x: Tensor, mhra: LocalMHRA, dpe: nn.Conv3d, *, affine: Affine | None = None,
            backend: str = "auto") -> Tensor:
     """``x0 [B, T, h, w, C]`` -> ``x2`` of that shape; ``affine`` is :func:`batch_norm_affine`, if known already."""
+    Checks("LSTE").shape("x", x, ("B", "T", "h", "w", dpe.out_channels))
+    affine = batch_norm_affine(mhra.pos_embed[0], x) if affine is None else affine
+    return ops.local_encoding(x, *encoding_weights(mhra, dpe, affine), backend=backend)
+
+
+def encoding_weights(mhra: LocalMHRA, dpe: nn.Conv3d, affine: Affine) -> tuple[Tensor, ...]:
+    """The arguments of ``local_encoding`` after the tokens."""
     parts: Any = mhra.pos_embed
-    norm, down, temporal, up = parts
-    scale, shift = batch_norm_affine(norm, x) if affine is None else affine
-    return ops.local_encoding(
-        x, scale, shift, down.weight.flatten(1), down.bias, temporal.weight.flatten(1), temporal.bias,
-        up.weight.flatten(1), up.bias, dpe.weight, _bias(dpe), backend=backend)
+    _, down, temporal, up = parts
+    return (*affine, down.weight.flatten(1), down.bias, temporal.weight.flatten(1), temporal.bias,
+            up.weight.flatten(1), up.bias, dpe.weight, _bias(dpe))
 
 
 def batch_norm_affine(norm: nn.BatchNorm3d, x: Tensor | None = None) -> Affine:

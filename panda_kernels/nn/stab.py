@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoint, ops
+from .. import backends, checkpoint, ops
 from ..checks import Checks
 from ..rectangles import Rectangles
 from .folding import Folded, can_fold
 from .fsra import FSRA
 from .gstra import GSTRA
 from .lsd import LSD
-from .lste import Affine, LocalMHRA, batch_norm_affine, encode, position_encoding
+from .lste import Affine, LocalMHRA, batch_norm_affine, encode, encoding_weights, position_encoding
 
 
 class STABOutput(NamedTuple):
@@ -72,8 +72,9 @@ class STAB(nn.Module):
         self.local_attention = LSD(dim, num_heads, window=window, **factory)
         self.global_attention = FSRA(dim, num_heads, **factory)
         self.proj = nn.Sequential(nn.LayerNorm(dim, **factory), nn.Dropout(dropout), nn.Linear(dim, dim, **factory))
-        self.backend = "auto"
         self._folded = Folded(self, _fold)
+        self._streamed = Folded(self, _prepare_streamed)
+        self.backend = "auto"
 
     @classmethod
     def from_checkpoint(cls, path: str | PathLike[str], *, dtype: torch.dtype | None = None,
@@ -107,11 +108,13 @@ class STAB(nn.Module):
     @backend.setter
     def backend(self, name: str) -> None:
         self._backend = name
+        self._streamed.clear()  # what is prepared belongs to one backend
         for part in (self.dec, self.local_attention, self.global_attention):
             part.backend = name
 
     def train(self, mode: bool = True) -> STAB:
         self._folded.clear()
+        self._streamed.clear()
         return super().train(mode)
 
     def forward(self, pixel_values: Tensor, rectangles: Rectangles | None = None, *,
@@ -141,7 +144,9 @@ class STAB(nn.Module):
             if present is not None:
                 mask = mask * present[:, :, None, None]
             rectangles = Rectangles.from_mask(mask, self.patch, self.window)
-        tokens = self._compose(pixel_values, rectangles, present)
+        tokens = self._stream(pixel_values, rectangles, present)
+        if tokens is None:
+            tokens = self._compose(pixel_values, rectangles, present)
         return STABOutput(tokens, rectangles.cu_seqlens(self.window), rectangles.grid(self.window))
 
     def _check(self, pixel_values: Tensor, rectangles: Rectangles | None, present: Tensor | None) -> None:
@@ -166,6 +171,24 @@ class STAB(nn.Module):
                 check.fail("present", torch.bool, present.dtype, TypeError)
             tensors["present"] = present
         check.same_device(**tensors)
+
+    def _stream(self, pixel_values: Tensor, rectangles: Rectangles, present: Tensor | None) -> Tensor | None:
+        """The tower in one call, where a backend streams it through its caches; None where it is to be composed."""
+        if not can_fold(self) or self.lmhra1.training:
+            return None
+        server = _streaming_backend(self)
+        if server is None:
+            return None
+        streamed = self._streamed.get()
+        tokens, clip_pooled, frame_pooled = server.run(streamed, pixel_values, rectangles.corners,
+                                                       rectangles.num_tokens, present)
+        dtype = self.split_embedding.dtype
+        f = self.global_attention.finish(self.class_embedding, frame_pooled.to(dtype))
+        if len(clip_pooled):
+            f = self._fuse(self.dec.finish(self.temporal_cls_token, clip_pooled.to(dtype)), f)
+        tokens = tokens.to(dtype)
+        tokens[rectangles.cu_seqlens(self.window)[:-1]] = f
+        return tokens
 
     def _compose(self, pixel_values: Tensor, rectangles: Rectangles, present: Tensor | None) -> Tensor:
         folded = self._folded.get() if can_fold(self) else _NOTHING_FOLDED
@@ -208,3 +231,21 @@ def _fold(tower: STAB) -> _FoldedWeights:
         gstra=tower.dec.fold(tower.temporal_cls_token),
         fsra=tower.global_attention.fold(tower.class_embedding),
     )
+
+
+def _streaming_backend(tower: STAB) -> Any:
+    return backends.first("stab_tower", "run", tower.backend, (tower.split_embedding,))
+
+
+def _prepare_streamed(tower: STAB) -> Any:
+    """The weights as the backend that streams the tower wants them."""
+    norm: Any = tower.lmhra1.pos_embed[0]
+    fsra, lsd = tower.global_attention, tower.local_attention
+    return _streaming_backend(tower).prepare(
+        tower.patch_embedding.weight,
+        encoding_weights(tower.lmhra1, tower.dpe, batch_norm_affine(norm)),
+        tower.dec.fold(tower.temporal_cls_token),
+        lsd.weights(),
+        fsra.fold(tower.class_embedding),
+        tower.split_embedding,
+        num_heads=lsd.num_heads, window=tower.window, eps=lsd.eps)
