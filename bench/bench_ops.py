@@ -36,7 +36,7 @@ def test_op(bench: Bench, spec: OpSpec, size: str, dtype: torch.dtype) -> None:
     bench.row(labels, ours, peers, _errors(spec, inputs, ours, dtype), spec.cost(**inputs))
 
 
-def _errors(spec: OpSpec, inputs: Inputs, ours: Call, dtype: torch.dtype) -> Errors:
+def _errors(spec: OpSpec, inputs: Inputs, ours: Callable[[], Tensor], dtype: torch.dtype) -> Errors:
     reference = spec.load_reference()
     with torch.inference_mode():
         exact = reference(**in_float64(inputs))

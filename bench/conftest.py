@@ -34,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("save"):
         path = HERE / "results" / f"{time.strftime('%Y-%m-%d')}_{machine.commit()['commit'][:9]}.json"
         path.parent.mkdir(exist_ok=True)
-        config.option.benchmark_json = path.open("wb")
+        config.option.benchmark_json = str(path)
 
 
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def no_gradients() -> Any:
         yield
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
     facts = config.stash.get(FACTS, None)
     rows = [{**row.extra_info, "seconds": row.stats.median} for row in config._benchmarksession.benchmarks]
     if facts is None or not rows:

@@ -1,4 +1,7 @@
-"""Draw a saved run: ``python bench/plot.py RESULTS.json -o DIR`` writes ``speedup.png`` and ``roofline.png``."""
+"""Draw a saved run: ``python bench/plot.py RESULTS.json -o DIR`` writes ``speedup.png`` and ``roofline.png``.
+
+The roofline is left out if no row counts operations.
+"""
 from __future__ import annotations
 
 import argparse
@@ -12,6 +15,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
@@ -20,8 +24,10 @@ Row = Mapping[str, Any]
 COLOURS = {"float32": "#3b6ea5", "bfloat16": "#d1792c"}
 MARKERS = "oDs^vP*"
 INK, FAINT = "#222222", "#bbbbbb"
-STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#777777",
-         "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "text.color": INK}
+STYLE: dict[Any, Any] = {
+    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#777777",
+    "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "text.color": INK,
+}
 
 
 def load(path: Path) -> list[Row]:
@@ -31,7 +37,8 @@ def load(path: Path) -> list[Row]:
         ValueError: the file holds none.
     """
     benchmarks = json.loads(path.read_text())["benchmarks"]
-    rows = [{**b["extra_info"], "seconds": b["stats"]["median"]} for b in benchmarks if "peers" in b["extra_info"]]
+    timed = (b for b in benchmarks if "peers" in b["extra_info"])
+    rows: list[Row] = [{**b["extra_info"], "seconds": b["stats"]["median"]} for b in timed]
     if not rows:
         raise ValueError(f"plot: {path}: expected rows that were timed, got none of {len(benchmarks)}")
     return rows
@@ -66,7 +73,7 @@ def speedup(rows: Sequence[Row], axes: Axes) -> None:
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("time of the peer / time of panda_kernels (log scale; right of 1x is faster)")
     axes.set_title("Speed-up over torch (bars and figures: over the reference, the code as released)")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[d], alpha=0.6, label=d) for d in dtypes]
+    handles: list[Artist] = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[d], alpha=0.6, label=d) for d in dtypes]
     handles += [plt.Line2D([], [], ls="", marker=MARKERS[i], color="#666666", label=n) for i, n in enumerate(peers)]
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
 
@@ -119,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = load(args.results)
     args.out.mkdir(parents=True, exist_ok=True)
     heights = {"speedup": 1.6 + 0.5 * len({(row["op"], row["size"]) for row in rows}), "roofline": 6.0}
-    for draw in (speedup, roofline):
+    for draw in (speedup, roofline) if any(row["flops"] for row in rows) else (speedup,):
         with plt.rc_context(STYLE):
             figure, axes = plt.subplots(figsize=(10, heights[draw.__name__]))
             draw(rows, axes)

@@ -195,7 +195,7 @@ def test_what_is_no_checkpoint(tower, tmp_path):
 def test_a_missing_shard_is_named(tower, projector, tmp_path):
     save_sharded(model(tower, projector), tmp_path, "safetensors")
     (tmp_path / "model-00003-of-00003.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="model-00003-of-00003.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"model-00003-of-00003.safetensors"):
         STAB.from_checkpoint(tmp_path)
 
 

@@ -4,17 +4,53 @@
 
 namespace panda::PANDA_TIER {
 
-template <class T>
-PANDA_INLINE vf load_some(const T* p, int64_t n) {
-  return n >= kLanes ? load(p) : load_n(p, int(n));
+// Bytes, for pixels.
+PANDA_INLINE float to_float(uint8_t x) { return x; }
+
+PANDA_INLINE vf load(const uint8_t* p) {
+  typedef uint8_t vb __attribute__((vector_size(kLanes)));
+  vb bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, vi), vf);
 }
 
+PANDA_INLINE vf load_n(const uint8_t* p, int n) {
+  vf v{};
+  for (int i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+}
+
+// How many lanes of a vector a row still has: all of them, known when compiling, or fewer.
+struct Whole {
+  static constexpr int count = kLanes;
+};
+struct Tail {
+  int count;
+};
+
 template <class T>
-PANDA_INLINE void store_some(T* p, int64_t n, vf v) {
-  if (n >= kLanes)
-    store(p, v);
-  else
-    store_n(p, int(n), v);
+PANDA_INLINE vf load(const T* p, Whole) {
+  return load(p);
+}
+template <class T>
+PANDA_INLINE vf load(const T* p, Tail tail) {
+  return load_n(p, tail.count);
+}
+template <class T>
+PANDA_INLINE void store(T* p, vf v, Whole) {
+  store(p, v);
+}
+template <class T>
+PANDA_INLINE void store(T* p, vf v, Tail tail) {
+  store_n(p, tail.count, v);
+}
+
+// body(i, lanes) for every vector of a row of c elements, the last one perhaps a tail.
+template <class Body>
+PANDA_INLINE void over_row(int64_t c, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= c; i += kLanes) body(i, Whole{});
+  if (i < c) body(i, Tail{int(c - i)});
 }
 
 // Mean and reciprocal deviation of one token, in two passes as LayerNorm asks for: the variance of what is left
@@ -26,7 +62,7 @@ struct Moments {
 template <class T>
 PANDA_INLINE Moments moments(const T* x, int64_t c, float eps) {
   vf sum{}, second{};
-  for (int64_t i = 0; i < c; i += kLanes) sum += load_some(x + i, c - i);
+  over_row(c, [&](int64_t i, auto lanes) { sum += load(x + i, lanes); });
   const float mean = hsum(sum) / float(c);
   int64_t i = 0;
   for (; i + kLanes <= c; i += kLanes) {

@@ -56,8 +56,8 @@ void WindowPool::run(const void* const* tokens, const void* const* added, int64_
   const int64_t blocks = (count + kBlock - 1) / kBlock;
   parallel_for(weights_.heads * blocks, [&](int64_t first, int64_t last) {
     for (int64_t item = first; item < last; ++item) {
-      const int64_t window = item % blocks * kBlock;
-      head(item / blocks, window, std::min(count, window + kBlock));
+      const int64_t window = item / weights_.heads * kBlock;  // all heads of a block in turn: its tokens stay cached
+      head(item % weights_.heads, window, std::min(count, window + kBlock));
     }
   });
 

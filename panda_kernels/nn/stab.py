@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import backends, checkpoint, ops
 from ..checks import Checks
+from ..ops._rectangle_values import check_corners
 from ..rectangles import Rectangles
 from .folding import Folded, can_fold
 from .fsra import FSRA
@@ -158,6 +159,7 @@ class STAB(nn.Module):
         if channels == 3 and rectangles is None:
             check.fail("pixel_values", "the validity mask as 4th channel, or rectangles", "3 channels, rectangles=None")
         check.not_empty("pixel_values", pixel_values)
+        check.floating("pixel_values", pixel_values, also=(torch.uint8,))
         if min(height, width) < self.patch:
             check.fail("pixel_values", f"frames of at least a patch, {self.patch} x {self.patch} pixels",
                        f"{height} x {width} pixels")
@@ -174,11 +176,12 @@ class STAB(nn.Module):
 
     def _stream(self, pixel_values: Tensor, rectangles: Rectangles, present: Tensor | None) -> Tensor | None:
         """The tower in one call, where a backend streams it through its caches; None where it is to be composed."""
-        if not can_fold(self) or self.lmhra1.training:
+        if not self._can_stream(pixel_values):
             return None
         server = _streaming_backend(self)
         if server is None:
             return None
+        self._check_rectangles(pixel_values, rectangles)
         streamed = self._streamed.get()
         tokens, clip_pooled, frame_pooled = server.run(streamed, pixel_values, rectangles.corners,
                                                        rectangles.num_tokens, present)
@@ -189,6 +192,24 @@ class STAB(nn.Module):
         tokens = tokens.to(dtype)
         tokens[rectangles.cu_seqlens(self.window)[:-1]] = f
         return tokens
+
+    def _can_stream(self, pixel_values: Tensor) -> bool:
+        """Streaming is for inference: no gradient even of the pixels, no batch statistics, no autocast."""
+        norm: Any = self.lmhra1.pos_embed[0]
+        wants_gradient = torch.is_grad_enabled() and pixel_values.requires_grad
+        device = pixel_values.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        return not (norm.training or wants_gradient or autocast) and can_fold(self)
+
+    def _check_rectangles(self, pixel_values: Tensor, rectangles: Rectangles) -> None:
+        """What the ops of the composed tower check themselves."""
+        check = Checks("STAB")
+        rows, cols = (side // self.patch for side in pixel_values.shape[3:])
+        held = check_corners(check, rectangles.corners, self.window, rows=rows, cols=cols)
+        given = rectangles.num_windows, rectangles.num_tokens
+        if held is not None and held != given:
+            check.fail("rectangles", "{} windows and {} tokens, which the corners hold".format(*held),
+                       "{} and {}".format(*given))
 
     def _compose(self, pixel_values: Tensor, rectangles: Rectangles, present: Tensor | None) -> Tensor:
         folded = self._folded.get() if can_fold(self) else _NOTHING_FOLDED

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 
-def _enabled(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+def is_autocasting(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x``."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def cast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where it is on for the device of ``x``; float64 and integers stay."""
-    if not _enabled(x.device.type):
+    if not is_autocasting(x):
         return (x, *others)
     dtype = torch.get_autocast_dtype(x.device.type)
     eligible = (torch.float32, torch.float16, torch.bfloat16)
@@ -23,4 +25,4 @@ def cast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
 
 def suspended(x: Tensor) -> AbstractContextManager[object]:
     """Inside a backend: what it computes in float32 on purpose stays in float32."""
-    return torch.autocast(x.device.type, enabled=False) if _enabled(x.device.type) else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if is_autocasting(x) else nullcontext()
