@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -71,7 +72,24 @@ class BuildExtension(build_ext):
                 output = getattr(error, "stderr", None) or error
                 info = {"error": f"not built: {output}".strip()[-2000:]}
                 print(f"panda_kernels: the cpu extension was {info['error']}", file=sys.stderr)
+        if "error" in info:
+            target.unlink(missing_ok=True)  # never one of an earlier build
         (target.parent / "_build.json").write_text(json.dumps(info, indent=1) + "\n")
+
+    def copy_extensions_to_source(self) -> None:
+        """Where the package is used in place: the extension, if there is one, and what is known of its build."""
+        built, package = Path(self.build_lib) / "panda_kernels", ROOT / "panda_kernels"
+        for name in ("_cpu.so", "_build.json"):
+            (package / name).unlink(missing_ok=True)
+            if (built / name).exists():
+                shutil.copyfile(built / name, package / name)
+
+    def get_outputs(self) -> list[str]:
+        return [str(Path(self.build_lib) / "panda_kernels" / name) for name in ("_cpu.so", "_build.json")]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        package = ROOT / "panda_kernels"
+        return {output: str(package / Path(output).name) for output in self.get_outputs()}
 
     def compile(self, target: Path) -> dict[str, object]:
         torch = torch_folder()
@@ -103,4 +121,7 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(ext_modules=[Extension("panda_kernels._cpu", sources=[])], cmdclass={"build_ext": BuildExtension, "bdist_wheel": Wheel})
+setup(
+    ext_modules=[Extension("panda_kernels._cpu", sources=[], optional=True)],
+    cmdclass={"build_ext": BuildExtension, "bdist_wheel": Wheel},
+)

@@ -20,3 +20,17 @@ def golden_weights() -> dict[str, torch.Tensor]:
     from golden import weights
 
     return {name: torch.from_numpy(array) for name, array in weights.state_dict().items()}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` are left out where there is no GPU; the summary says how many."""
+    if torch.cuda.is_available():
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    config.stash[LEFT_OUT] = len(left_out)
+    config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    terminalreporter.write_line(f"gpu tests left out for want of a GPU: {config.stash.get(LEFT_OUT, 0)}")

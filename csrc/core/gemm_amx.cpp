@@ -9,6 +9,7 @@ namespace {
 constexpr int kTileRows = 16, kStep = 32;  // a step multiplies 32 of k
 constexpr int kPair = 2 * kTileRows;       // rows of a pair of tiles
 constexpr int64_t kSteps = 16;             // most steps at once: a panel's 32 KiB stay in the first-level cache
+constexpr int64_t kPartsDeep = 4;          // longer sums are cut, so that a block of rows of A stays in the second level
 
 // Tiles 0..3 hold sums (upper left, upper right, lower left, lower right), 4 and 5 rows of A, 6 and 7 columns of B.
 struct alignas(64) TileConfig {
@@ -88,34 +89,40 @@ void sum_pair(const char* a, int64_t row_bytes, const char* b, int64_t steps, fl
   }
 }
 
+// `count` steps from step s on, of rows [row, row + rows) by one panel: added to sums [rows][32]; the last ones finish.
+void multiply_part(const Gemm& g, Finish done, float* sums, int64_t row, int64_t rows, int64_t panel, int64_t s,
+                   int64_t count) {
+  const int64_t steps = padded_k(Dtype::bfloat16, g.k) / kStep, row_bytes = 2 * g.lda;
+  const char* a = static_cast<const char*>(g.a) + row * row_bytes + s * 2 * kStep;
+  const char* b = static_cast<const char*>(g.b) + (panel * steps + s) * kTileRows * kPanel * 4;
+  for (int64_t r = 0; r < rows; r += kPair, sums += kPair * kPanel) {
+    const int left = int(smaller(rows - r, kPair));
+    if (left < kPair) configure(TileConfig(left));
+    (left > kTileRows ? sum_pair<true> : sum_pair<false>)(a + r * row_bytes, row_bytes, b, count, sums, s == 0);
+    if (left < kPair) configure(TileConfig(kPair));
+    if (s + count == steps) done(g, sums, row + r, left, panel);
+  }
+}
+
 }  // namespace
 
 void gemm_bfloat16(const Gemm& g, int64_t row0, int64_t row1, int64_t panel0, int64_t panel1) {
-  const int64_t kp = padded_k(Dtype::bfloat16, g.k), steps = kp / kStep, row_bytes = 2 * g.lda;
+  const int64_t steps = padded_k(Dtype::bfloat16, g.k) / kStep;
   const int64_t parts = (steps + kSteps - 1) / kSteps, part = (steps + parts - 1) / parts;
-  const int64_t block = smaller(block_rows(2 * kp, kPair), round_up(row1 - row0, kPair));
-  float* sums = static_cast<float*>(scratch(size_t(4 * kPanel * block)));
+  const int64_t deep = kPartsDeep * part;
+  const int64_t block = smaller(block_rows(64 * smaller(steps, deep), kPair), round_up(row1 - row0, kPair));
+  const int64_t waiting = steps > deep ? block * kPanel : 0;
+  const size_t sum_floats = size_t(waiting ? waiting * (panel1 - panel0) : block * kPanel);
+  float* sums = static_cast<float*>(scratch(sizeof(float) * sum_floats));
   const Finish done = finish_for_bfloat16(g);
   const TileState restored_at_the_end;
-  const TileConfig full(kPair);
-  configure(full);
-  for (int64_t row = row0; row < row1; row += block) {
-    const int64_t rows = smaller(row1 - row, block);
-    for (int64_t panel = panel0; panel < panel1; ++panel)
-      for (int64_t s = 0; s < steps; s += part) {
-        const int64_t count = smaller(steps - s, part);
-        const char* a = static_cast<const char*>(g.a) + row * row_bytes + s * 2 * kStep;
-        const char* b = static_cast<const char*>(g.b) + (panel * steps + s) * kTileRows * kPanel * 4;
-        for (int64_t r = 0; r < rows; r += kPair) {
-          const int left = int(smaller(rows - r, kPair));
-          float* sum = sums + r * kPanel;
-          if (left < kPair) configure(TileConfig(left));
-          (left > kTileRows ? sum_pair<true> : sum_pair<false>)(a + r * row_bytes, row_bytes, b, count, sum, s == 0);
-          if (left < kPair) configure(full);
-          if (s + count == steps) done(g, sum, row + r, left, panel);
-        }
-      }
-  }
+  configure(TileConfig(kPair));
+  for (int64_t row = row0; row < row1; row += block)
+    for (int64_t start = 0; start < steps; start += deep)
+      for (int64_t panel = panel0; panel < panel1; ++panel)
+        for (int64_t s = start; s < smaller(start + deep, steps); s += part)
+          multiply_part(g, done, sums + (panel - panel0) * waiting, row, smaller(row1 - row, block), panel, s,
+                        smaller(steps - s, part));
 }
 
 }  // namespace panda::amx

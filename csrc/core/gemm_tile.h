@@ -70,7 +70,7 @@ using Finish = void (*)(const Gemm&, const float* sums, int64_t row, int rows, i
 struct Operands {
   const char* a;
   int64_t row_bytes;
-  const uint32_t* b;
+  const uint32_t* b;  // null if the panels are made on the way
   int64_t steps;
 };
 
@@ -109,30 +109,67 @@ static RegisterTile register_tile_for(int rows) {
 }
 
 // Rows of A that make a block: as many as stay in the second-level cache while the panels of B pass by, but enough
-// that each panel is worth fetching. A multiple of `tile`.
+// that a panel is worth fetching. A multiple of `tile`.
 PANDA_INLINE int64_t block_rows(int64_t row_bytes, int64_t tile) {
-  constexpr int64_t kBytes = 1 << 19, kFewest = 128;
+  constexpr int64_t kBytes = 1 << 19, kFewest = 256;
   const int64_t rows = kBytes / row_bytes;
   return round_up(rows < kFewest ? kFewest : rows, tile);
 }
 
-// Rows [0, rows) of o.a, which are rows row0... of C, by one panel. Every kFlush steps of k all rows' sums go to the
-// second-level sums [rows][32], so that the panel's kFlush steps stay in the first-level cache while the rows pass by.
-template <class Dot>
-static void multiply_panel(const Gemm& g, const Operands& o, Finish done, float* sums, int64_t row0, int64_t rows,
-                           int64_t b_panel, int64_t c_panel) {
+// Longer sums are cut, so that a block of rows of A does fit; the sums of all panels then wait for their next part.
+constexpr int64_t kDeep = 4 * kFlush;
+
+PANDA_INLINE int64_t waiting_panels(int64_t steps, int64_t panel0, int64_t panel1) {
+  return steps > kDeep ? panel1 - panel0 : 1;
+}
+
+// Spreads over the tiles of a part of B the fetching of the next, which lies behind it and is as long.
+PANDA_INLINE void fetch_share(const uint32_t* next, int64_t steps, int64_t tile, int64_t tiles) {
+  constexpr int64_t kFewestTiles = 8;  // for fewer it would be a burst that holds up the loads it is to speed up
+  constexpr int64_t kLine = 64 / sizeof(uint32_t);
+  if (tiles < kFewestTiles) return;
+  const int64_t share = steps * kPanel / kLine / tiles;
+  for (int64_t i = tile * share; i < (tile + 1) * share; ++i) __builtin_prefetch(next + i * kLine, 0, 2);
+}
+
+// Rows [0, rows) of o.a, which are rows row0... of C, by panels [panel0, panel1); part(panel, step, steps) tells where
+// those steps of a panel are. Every kFlush steps of k all rows' sums go to the second-level sums [waiting panels][rows]
+// [32], so that the panel's kFlush steps stay in the first-level cache while the rows pass by.
+template <class Dot, class Part>
+static void multiply_block(const Gemm& g, const Operands& o, Part part, Finish done, float* all_sums, int64_t row0,
+                           int64_t rows, int64_t panel0, int64_t panel1) {
   const int64_t tiles = (rows + kRows - 1) / kRows;  // which share the rows evenly: no thin last one
-  for (int64_t s = 0; s < o.steps; s += kFlush) {
-    const int64_t steps = o.steps - s < kFlush ? o.steps - s : kFlush;
-    const uint32_t* b = o.b + (b_panel * o.steps + s) * kPanel;
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t start = t * rows / tiles;
-      const int height = int((t + 1) * rows / tiles - start);
-      const RegisterTile tile = register_tile_for<Dot>(height);
-      for (int j = 0; j < kPanel; j += kColumns)
-        tile(o.a + start * o.row_bytes + 4 * s, o.row_bytes, b + j, steps, sums + start * kPanel + j, s == 0);
-      if (s + steps == o.steps) done(g, sums + start * kPanel, row0 + start, height, c_panel);
-    }
+  const int64_t waiting = o.steps > kDeep ? rows * kPanel : 0;
+  for (int64_t deep = 0; deep < o.steps; deep += kDeep)
+    for (int64_t panel = panel0; panel < panel1; ++panel)
+      for (int64_t s = deep; s < smaller(deep + kDeep, o.steps); s += kFlush) {
+        const int64_t steps = smaller(o.steps - s, kFlush);
+        const uint32_t* b = part(panel, s, steps);
+        for (int64_t t = 0; t < tiles; ++t) {
+          const int64_t start = t * rows / tiles;
+          const int height = int((t + 1) * rows / tiles - start);
+          float* sums = all_sums + (panel - panel0) * waiting + start * kPanel;
+          const RegisterTile tile = register_tile_for<Dot>(height);
+          if (o.b) fetch_share(b + steps * kPanel, steps, t, tiles);
+          for (int j = 0; j < kPanel; j += kColumns)
+            tile(o.a + start * o.row_bytes + 4 * s, o.row_bytes, b + j, steps, sums + j, s == 0);
+          if (s + steps == o.steps) done(g, sums, row0 + start, height, panel);
+        }
+      }
+}
+
+// The product of operands that the register tile can read as they are.
+template <class Dot>
+static void multiply_in_place(const Gemm& g, int64_t row_bytes, int64_t steps, Finish done, int64_t row0, int64_t row1,
+                              int64_t panel0, int64_t panel1) {
+  const int64_t block = smaller(block_rows(4 * smaller(steps, kDeep), kRows), row1 - row0);
+  const int64_t waiting = waiting_panels(steps, panel0, panel1);
+  float* sums = static_cast<float*>(scratch(sizeof(float) * size_t(kPanel * block * waiting)));
+  const uint32_t* b = static_cast<const uint32_t*>(g.b);
+  const auto part = [=](int64_t panel, int64_t s, int64_t) { return b + (panel * steps + s) * kPanel; };
+  for (int64_t row = row0; row < row1; row += block) {
+    const Operands o{static_cast<const char*>(g.a) + row * row_bytes, row_bytes, b, steps};
+    multiply_block<Dot>(g, o, part, done, sums, row, smaller(row1 - row, block), panel0, panel1);
   }
 }
 

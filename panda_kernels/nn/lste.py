@@ -40,7 +40,8 @@ def encode(x: Tensor, mhra: LocalMHRA, dpe: nn.Conv3d, *, affine: Affine | None 
            backend: str = "auto") -> Tensor:
     """``x0 [B, T, h, w, C]`` -> ``x2`` of that shape; ``affine`` is :func:`batch_norm_affine`, if known already."""
     Checks("LSTE").shape("x", x, ("B", "T", "h", "w", dpe.out_channels))
-    affine = batch_norm_affine(mhra.pos_embed[0], x) if affine is None else affine
+    norm: Any = mhra.pos_embed[0]
+    affine = batch_norm_affine(norm, x) if affine is None else affine
     return ops.local_encoding(x, *encoding_weights(mhra, dpe, affine), backend=backend)
 
 

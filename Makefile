@@ -1,0 +1,41 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both set up .venv first, with pinned versions.
+PYTHON ?= python3.11
+VENV := .venv
+PY := $(VENV)/bin/python
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+CXX_FILES := $(SOURCES)
+
+.PHONY: setup demo test lint format bench clean
+
+setup: $(VENV)/extension.stamp
+
+$(VENV)/packages.stamp: requirements/dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q -r requirements/dev.txt
+	touch $@
+
+$(VENV)/extension.stamp: $(VENV)/packages.stamp setup.py pyproject.toml csrc/core/sources.py $(SOURCES)
+	PANDA_KERNELS_BUILD=require $(PY) -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: setup
+	$(PY) examples/fetch_clips.py
+	$(PY) examples/demo.py
+
+test: setup lint
+	$(PY) -m pytest
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: setup
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+	$(VENV)/bin/ruff check --fix .
+
+bench: setup
+	$(PY) -m pytest bench
+
+clean:
+	rm -rf $(VENV) build demo panda_kernels/_cpu.so panda_kernels/_build.json
