@@ -37,14 +37,14 @@ void* out(const Tensor& t) {
 }
 
 const float* floats(const Tensor& t, int64_t count) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.numel() >= count,
-                  "panda_kernels: expected ", count, " float32 elements, got ", t.numel());
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.numel() >= count, "panda_kernels: expected ", count,
+                  " float32 elements, got ", t.numel());
   return static_cast<const float*>(data(t));
 }
 
 const int64_t* integers(const Tensor& t, int64_t count) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.numel() >= count,
-                  "panda_kernels: expected ", count, " int64 elements, got ", t.numel());
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.numel() >= count, "panda_kernels: expected ", count,
+                  " int64 elements, got ", t.numel());
   return static_cast<const int64_t*>(data(t));
 }
 
@@ -110,7 +110,13 @@ void patch_embed(const Tensor& pixels, const std::optional<Tensor>& present, con
 }
 
 panda::LocalEncodingWeights local_weights(panda::Dtype dtype, int64_t c, int64_t r, const Tensor* w) {
-  return {c, r, floats(w[0], 3 * r), floats(w[1], r), packed(w[2], dtype, c, r), floats(w[3], c), floats(w[4], 27 * c),
+  return {c,
+          r,
+          floats(w[0], 3 * r),
+          floats(w[1], r),
+          packed(w[2], dtype, c, r),
+          floats(w[3], c),
+          floats(w[4], 27 * c),
           floats(w[5], c)};
 }
 
@@ -119,9 +125,8 @@ void local_encoding(const Tensor& x, const std::vector<Tensor>& weights, int64_t
   const panda::Dtype dtype = dtype_of(x);
   const int64_t c = x.size(4);
   STD_TORCH_CHECK(weights.size() == 8, "panda_kernels: local_encoding takes 8 weights");
-  panda::local_encoding(dtype, x.size(0), {x.size(1), x.size(2), x.size(3)}, data(x),
-                        packed(weights[0], dtype, r, c), floats(weights[1], r),
-                        local_weights(dtype, c, r, weights.data() + 2), out(y));
+  panda::local_encoding(dtype, x.size(0), {x.size(1), x.size(2), x.size(3)}, data(x), packed(weights[0], dtype, r, c),
+                        floats(weights[1], r), local_weights(dtype, c, r, weights.data() + 2), out(y));
 }
 
 void attention_pool(const Tensor& x, const Tensor& queries, const Tensor& offsets, double eps, Tensor z) {
@@ -254,8 +259,7 @@ STABLE_TORCH_LIBRARY(panda_kernels_cpu, m) {
   m.def("packed_bytes(bool bfloat16, int n, int k) -> int");
   m.def("pack(Tensor w, int matrices, bool transposed, Tensor(a!) to) -> ()");
   m.def("depthwise_conv3d(Tensor x, Tensor taps, Tensor? bias, int kt, int kh, int kw, Tensor(a!) y) -> ()");
-  m.def(
-      "patch_embed(Tensor pixels, Tensor? present, Tensor normalise, int patch, Tensor weight, Tensor(a!) y) -> ()");
+  m.def("patch_embed(Tensor pixels, Tensor? present, Tensor normalise, int patch, Tensor weight, Tensor(a!) y) -> ()");
   m.def("local_encoding(Tensor x, Tensor[] weights, int r, Tensor(a!) y) -> ()");
   m.def("attention_pool(Tensor x, Tensor queries, Tensor offsets, float eps, Tensor(a!) z) -> ()");
   m.def(

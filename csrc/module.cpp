@@ -110,9 +110,8 @@ PYBIND11_MODULE(panda_core, m) {
   using namespace py::literals;
   m.def("tier_name", &tier_name);
   m.def("set_tier", &set_tier, "name"_a);
-  m.def("requested_isa", []() -> py::object {
-    return requested_isa() ? py::object(py::str(requested_isa())) : py::object(py::none());
-  });
+  m.def("requested_isa",
+        []() -> py::object { return requested_isa() ? py::object(py::str(requested_isa())) : py::object(py::none()); });
 
   m.attr("PANEL") = kPanel;
   m.def("pack", &pack_weight, "w"_a, "to_bfloat16"_a);

@@ -19,7 +19,7 @@ class Checks:
     def shape(self, argument: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
         """``expected`` holds sizes, or names of sizes that are free."""
         given = tuple(tensor.shape)
-        fits = len(given) == len(expected) and all(isinstance(e, str) or e == g for e, g in zip(expected, given))
+        fits = len(given) == len(expected) and all(isinstance(e, str) or e == g for e, g in zip(expected, given, strict=False))
         if not fits:
             self.fail(argument, f"shape [{', '.join(map(str, expected))}]", f"[{', '.join(map(str, given))}]")
 

@@ -87,7 +87,7 @@ class Rectangles(NamedTuple):
         corners = torch.stack([row0, last // width + 1, col0, last % width + 1], 1)
         extent = [0, min(EMPTY_FRAME_EXTENT, height), 0, min(EMPTY_FRAME_EXTENT, width)]
         # first is 0 and last is the end where nothing is set; only the true emptiness tells such a frame.
-        corners = torch.where(cells.any(1)[:, None], corners, corners.new_tensor(extent))
+        corners = torch.where(cells.any(1)[:, None].bool(), corners, corners.new_tensor(extent))
         return cls.from_corners(corners.cpu(), window, mask.device)
 
     @classmethod

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+LEFT_OUT = pytest.StashKey[int]()
 TESTS = Path(__file__).resolve().parent
 for path in (TESTS, TESTS.parent):
     if str(path) not in sys.path:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
@@ -206,7 +207,7 @@ def exact_gelu(x: Array) -> Array:
 
 def test_gelu_errs_less_than_torch(core: ModuleType) -> None:
     edges = [-6, -4, -3, -2, -1, -0.5, 0, 0.5, 1, 2, 4, 8]
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in itertools.pairwise(edges):
         x = np.linspace(low, high, 3001).astype(np.float32)
         exact = exact_gelu(x)
         ours = np.abs(gelu(core, x, "float32") - exact)

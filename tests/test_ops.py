@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 
@@ -175,7 +176,7 @@ def test_packed_pooling_is_pooling_sample_by_sample(backend: str) -> None:
     inputs = make("attention_pool", "packed_sets", torch.float32)
     x, queries, bounds = inputs["x"], inputs["queries"], inputs["cu_seqlens"].tolist()
     packed = panda_kernels.attention_pool(x, queries, cu_seqlens=inputs["cu_seqlens"], backend=backend)
-    for i, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
         expected = panda_kernels.attention_pool(x[None, begin:end], queries[i], backend=backend)[0] \
             if end > begin else torch.zeros_like(packed[i])
         torch.testing.assert_close(packed[i], expected, rtol=0, atol=2e-6)

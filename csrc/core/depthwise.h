@@ -17,7 +17,6 @@ struct Depthwise {
   int kt, kh, kw;
 };
 
-
 // 3x3x3 over `rows` output rows of up to four frames: what the op and the streamed tower share.
 // input[row * (frames + 2) + f] is the start of a row of w tokens, for `rows + 2` rows and `frames + 2` frames, the
 // neighbours on every side included; null where the grid ends. output[row * frames + f] receives the result.

@@ -104,11 +104,8 @@ void attention_pool(const Pooling& a) {
       items.push_back({s, at, std::min(kPoolTokens, a.offsets[s + 1] - at)});
   const int64_t floats = pool_state_floats(a.n, a.c);
   Scratch<float> partial(kPoolStates * floats), total(a.samples * floats);
-  const auto pool = [&](int64_t sample) {
-    return Pool{a.dtype, a.queries + sample * a.query_stride, a.n, a.c, a.eps};
-  };
-  for (int64_t s = 0; s < a.samples; ++s)
-    kernels().pool_reset(pool(s), pool_state(total.data() + s * floats, a.n));
+  const auto pool = [&](int64_t sample) { return Pool{a.dtype, a.queries + sample * a.query_stride, a.n, a.c, a.eps}; };
+  for (int64_t s = 0; s < a.samples; ++s) kernels().pool_reset(pool(s), pool_state(total.data() + s * floats, a.n));
   for (int64_t base = 0; base < int64_t(items.size()); base += kPoolStates) {
     const int64_t count = std::min<int64_t>(kPoolStates, int64_t(items.size()) - base);
     parallel_for(count, [&](int64_t first, int64_t last) {
@@ -147,8 +144,7 @@ void window_attention_pool(Dtype dtype, const void* x, const int64_t* corners, i
     for (int64_t i = c[0]; i + window <= c[1]; i += window)
       for (int64_t j = c[2]; j + window <= c[3]; j += window) {
         for (int64_t k = 0; k < window * window; ++k)
-          tokens.push_back(static_cast<const char*>(x) +
-                           ((frame * h + i + k / window) * w + j + k % window) * token);
+          tokens.push_back(static_cast<const char*>(x) + ((frame * h + i + k / window) * w + j + k % window) * token);
         out.push_back(next);
         next += token;
         if (int64_t(out.size()) == kBlockRows) flush();
@@ -185,8 +181,13 @@ void token_mlp(const TokenMlp& a) {
   if (stride != a.hidden) std::memset(hidden.data(), 0, block * stride * size);
   for (int64_t row = 0; row < a.rows; row += block) {
     const int64_t rows = std::min(block, a.rows - row);
-    Gemm first{input.get(static_cast<const char*>(a.x) + row * a.c * size, rows), input.stride(), a.w1, a.c, a.hidden,
-               hidden.data(), stride};
+    Gemm first{input.get(static_cast<const char*>(a.x) + row * a.c * size, rows),
+               input.stride(),
+               a.w1,
+               a.c,
+               a.hidden,
+               hidden.data(),
+               stride};
     first.bias = a.b1;
     first.activation = Activation::gelu_erf;
     product(a.dtype, first, rows);

@@ -22,8 +22,7 @@ uint16_t read_bits(const bfloat16* w, int64_t i) { return w[i].bits; }
 void pack_float(const float* w, int64_t row_stride, int64_t column_stride, int64_t n, int64_t k, float* packed) {
   for (int64_t first = 0; first < n; first += kPanel)
     for (int64_t j = 0; j < k; ++j)
-      for (int64_t i = first; i < first + kPanel; ++i)
-        *packed++ = i < n ? w[i * row_stride + j * column_stride] : 0.0f;
+      for (int64_t i = first; i < first + kPanel; ++i) *packed++ = i < n ? w[i * row_stride + j * column_stride] : 0.0f;
 }
 
 template <class T>

@@ -26,8 +26,8 @@ constexpr int64_t packed_bytes(Dtype dtype, int64_t n, int64_t k) {
   return panels(n) * kPanel * padded_k(dtype, k) * size_of(dtype);
 }
 
-// Packs w[i * row_stride + j * column_stride], i < n, j < k (strides in elements; a transposed weight has row_stride 1).
-// float32 sources pack to float32 or, rounded to nearest even, to bfloat16; bfloat16 sources to bfloat16 only.
+// Packs w[i * row_stride + j * column_stride], i < n, j < k (strides in elements; a transposed weight has row_stride
+// 1). float32 sources pack to float32 or, rounded to nearest even, to bfloat16; bfloat16 sources to bfloat16 only.
 void pack(Dtype to, Dtype from, const void* w, int64_t row_stride, int64_t column_stride, int64_t n, int64_t k,
           void* packed);
 

@@ -9,7 +9,7 @@ namespace {
 constexpr int kTileRows = 16, kStep = 32;  // a step multiplies 32 of k
 constexpr int kPair = 2 * kTileRows;       // rows of a pair of tiles
 constexpr int64_t kSteps = 16;             // most steps at once: a panel's 32 KiB stay in the first-level cache
-constexpr int64_t kPartsDeep = 4;          // longer sums are cut, so that a block of rows of A stays in the second level
+constexpr int64_t kPartsDeep = 4;  // longer sums are cut, so that a block of rows of A stays in the second level
 
 // Tiles 0..3 hold sums (upper left, upper right, lower left, lower right), 4 and 5 rows of A, 6 and 7 columns of B.
 struct alignas(64) TileConfig {

@@ -5,9 +5,7 @@
 namespace panda::avx512_bf16 {
 
 struct DotPairs {
-  PANDA_INLINE vf add(vf a, vf b, vf sum) {
-    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-  }
+  PANDA_INLINE vf add(vf a, vf b, vf sum) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
 };
 
 void gemm_bfloat16(const Gemm& g, int64_t row0, int64_t row1, int64_t panel0, int64_t panel1) {

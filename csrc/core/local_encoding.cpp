@@ -27,9 +27,8 @@ char* LocalEncoder::x1_row(int64_t frame, int64_t i) const {
 
 void LocalEncoder::expand(int64_t i0, int64_t rows, const void* const* x0) {
   const int64_t tokens = rows * grid_.w, c = weights_.c, r = weights_.r;
-  const Temporal over_time{dtype_,      hidden_.data(), mixed_.data(),      r,
-                           depth_,      grid_.frames,   tokens,             r,
-                           weights_.time_taps,          weights_.time_bias};
+  const Temporal over_time{dtype_, hidden_.data(),     mixed_.data(),     r, depth_, grid_.frames, tokens,
+                           r,      weights_.time_taps, weights_.time_bias};
   parallel_for(tokens, [&](int64_t first, int64_t last) { kernels().temporal(over_time, first, last); });
   Gemm g{mixed_.data(), depth_, weights_.expand, r, c, x1_row(0, i0), c};
   g.bias = weights_.expand_bias;
@@ -37,8 +36,7 @@ void LocalEncoder::expand(int64_t i0, int64_t rows, const void* const* x0) {
   // Frames that follow one another in x0 too, as the tower's do, are one product.
   const int64_t frame_bytes = tokens * c * size_of(dtype_);
   int64_t together = 1;
-  while (together < grid_.frames &&
-         x0[together] == static_cast<const char*>(x0[0]) + together * frame_bytes)
+  while (together < grid_.frames && x0[together] == static_cast<const char*>(x0[0]) + together * frame_bytes)
     ++together;
   const int64_t step = together == grid_.frames ? together : 1;
   for (int64_t frame = 0; frame < grid_.frames; frame += step) {
@@ -61,9 +59,8 @@ void LocalEncoder::convolve(int64_t i0, int64_t i1, void* const* out) {
         input.push_back(i >= 0 && i < grid_.h && t >= 0 && t < grid_.frames ? x1_row(t, i) : nullptr);
     for (int64_t i = i0; i < i1; ++i)
       for (int64_t t = t0; t < t0 + frames; ++t) output.push_back(out[(i - i0) * grid_.frames + t]);
-    const DepthwiseRows a{dtype_,  input.data(), output.data(),          rows,
-                          frames,  grid_.w,      c,                      weights_.position_taps,
-                          weights_.position_bias};
+    const DepthwiseRows a{dtype_, input.data(),           output.data(),         rows, frames, grid_.w,
+                          c,      weights_.position_taps, weights_.position_bias};
     parallel_for((c + kDepthwiseChunk - 1) / kDepthwiseChunk, [&](int64_t first, int64_t last) {
       kernels().depthwise_rows(a, first * kDepthwiseChunk, std::min(c, last * kDepthwiseChunk));
     });

@@ -12,8 +12,8 @@ struct Pixels {
   PixelType type;
   const void* data;
   int64_t batch_stride, frame_stride, channel_stride, row_stride, column_stride;  // in elements
-  int64_t frames;        // frames of one clip
-  const bool* present;   // [clips * frames] or null: a frame marked false reads as zeros
+  int64_t frames;                                                                 // frames of one clip
+  const bool* present;  // [clips * frames] or null: a frame marked false reads as zeros
   int patch;
   float scale[3], shift[3];  // uint8 only: value * scale + shift
 };

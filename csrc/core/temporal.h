@@ -6,9 +6,9 @@
 
 namespace panda {
 
-// Frame t of `frames`, tokens [first, last) of its `tokens`: out[t][n] = bias + sum_k taps[k] * in[t + k - 1][n], frames
-// outside the clip left out. `in` is [frames][tokens][in_stride] and `out` [frames][tokens][out_stride]; channels from c
-// up to out_stride are zeroed, so that a row can feed a product padded in its depth.
+// Frame t of `frames`, tokens [first, last) of its `tokens`: out[t][n] = bias + sum_k taps[k] * in[t + k - 1][n],
+// frames outside the clip left out. `in` is [frames][tokens][in_stride] and `out` [frames][tokens][out_stride];
+// channels from c up to out_stride are zeroed, so that a row can feed a product padded in its depth.
 struct Temporal {
   Dtype dtype;
   const void* in;

@@ -173,8 +173,7 @@ void Clip::run() {
     done = ready;
   }
   if (video())
-    kernels().pool_finish(pool_, pool_state(states_.data(), pool_.n),
-                          tower_.clip_pooled + clip_ * pool_.n * pool_.c);
+    kernels().pool_finish(pool_, pool_state(states_.data(), pool_.n), tower_.clip_pooled + clip_ * pool_.n * pool_.c);
 }
 
 void pool_frames(const Tower& tower, const TowerWeights& weights, const std::vector<Rectangle>& all) {

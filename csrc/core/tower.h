@@ -11,17 +11,17 @@
 namespace panda {
 
 struct TowerWeights {
-  const void* embed;           // packed [c, 3 * patch^2]
-  const void* squeeze;         // packed [r, 3 * patch^2]: LSTE's first product composed with the embedding; null for images
+  const void* embed;    // packed [c, 3 * patch^2]
+  const void* squeeze;  // packed [r, 3 * patch^2]: LSTE's first product composed with the embedding; null for images
   const float* squeeze_bias;   // [r]
   LocalEncodingWeights local;  // unused for images
   WindowPoolWeights windows;
-  int64_t window;                // side
-  const float* clip_queries;     // [clip_heads][c], GSTRA
+  int64_t window;             // side
+  const float* clip_queries;  // [clip_heads][c], GSTRA
   int64_t clip_heads;
-  const float* frame_queries;    // [frame_heads][c], FSRA
+  const float* frame_queries;  // [frame_heads][c], FSRA
   int64_t frame_heads;
-  const void* split;             // [c]
+  const void* split;  // [c]
   float eps;
 };
 

@@ -46,7 +46,8 @@ PANDA_INLINE vu float_to_bits(vf v) {
 }
 
 // GCC splits __builtin_convertvector in two and joins the halves again; hence the intrinsics here and in narrow(). Of
-// each, the zero-masked form with a full mask: the same instruction, and GCC 12 warns about its own header for the other.
+// each, the zero-masked form with a full mask: the same instruction, and GCC 12 warns about its own header for the
+// other.
 PANDA_INLINE vf widen(vh h) {
 #if defined(__AVX512F__)
   return bits_to_float((vu)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h) << 16);
@@ -176,8 +177,8 @@ template <class Op>
 PANDA_INLINE v4f fold_to_four(vf v, Op op) {
 #if defined(__AVX512F__)
   typedef float v8f __attribute__((vector_size(32)));
-  const v8f w = op((v8f)_mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 0),
-                   (v8f)_mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1));
+  const v8f w =
+      op((v8f)_mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 0), (v8f)_mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1));
   return op((v4f)_mm256_castps256_ps128((__m256)w), (v4f)_mm256_extractf128_ps((__m256)w, 1));
 #elif defined(__AVX2__)
   return op((v4f)_mm256_castps256_ps128((__m256)v), (v4f)_mm256_extractf128_ps((__m256)v, 1));

@@ -45,8 +45,16 @@ void WindowPool::head(int64_t head, int64_t first, int64_t last) {
 void WindowPool::run(const void* const* tokens, const void* const* added, int64_t count, void* const* out) {
   if (count == 0) return;
   const int64_t c = weights_.c, row = c * size_of(dtype_);
-  const WindowTokens windows{dtype_,       tokens,       added,        weights_.size, c, stride_,
-                             weights_.eps, xhat_.data(), reinterpret_cast<float*>(mean_.data()), normalised_.data()};
+  const WindowTokens windows{dtype_,
+                             tokens,
+                             added,
+                             weights_.size,
+                             c,
+                             stride_,
+                             weights_.eps,
+                             xhat_.data(),
+                             reinterpret_cast<float*>(mean_.data()),
+                             normalised_.data()};
   parallel_for(count, [&](int64_t first, int64_t last) { kernels().window_tokens(windows, first, last); });
 
   Gemm query{normalised_.data(), stride_, weights_.query, c, c, query_.data(), stride_};

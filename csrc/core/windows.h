@@ -7,8 +7,8 @@
 namespace panda {
 
 // A window has `size` tokens. tokens[m * size + j] is token j of window m; where `added` is not null, the token is the
-// sum of the two. For each window in [first, last): its normalised tokens, their mean before normalisation, and the mean
-// normalised. Rows of xhat and query are `stride` apart and zero beyond c.
+// sum of the two. For each window in [first, last): its normalised tokens, their mean before normalisation, and the
+// mean normalised. Rows of xhat and query are `stride` apart and zero beyond c.
 struct WindowTokens {
   Dtype dtype;
   const void* const* tokens;

@@ -63,7 +63,7 @@ def choose(op: str, direction: str, requested: str, inputs: Sequence[Any]) -> Ca
     """
     if requested not in ("auto", *NAMES):
         raise BackendError(f"{op}: backend must be one of {', '.join(('auto', *NAMES))}, got {requested!r}")
-    asked = NAMES if requested == "auto" else (requested,)
+    asked: tuple[str, ...] = NAMES if requested == "auto" else (requested,)
     if direction == "bwd" and requested != "auto":
         asked = (requested, *(n for n in NAMES if n != requested))
     reasons = []

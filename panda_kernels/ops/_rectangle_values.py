@@ -4,6 +4,8 @@ Looked for where looking is free, on the CPU; asking another device would wait f
 """
 from __future__ import annotations
 
+import itertools
+
 from torch import Tensor
 
 from ..checks import Checks
@@ -31,5 +33,5 @@ def check_offsets(check: Checks, cu_seqlens: Tensor, total: int) -> None:
     if cu_seqlens.device.type != "cpu":
         return
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != total or any(a > b for a, b in zip(bounds[:-1], bounds[1:], strict=True)):
+    if bounds[0] != 0 or bounds[-1] != total or any(a > b for a, b in itertools.pairwise(bounds)):
         check.fail("cu_seqlens", f"offsets that rise from 0 to {total}, the number of tokens", bounds)

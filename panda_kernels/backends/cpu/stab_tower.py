@@ -41,7 +41,7 @@ def prepare(patch_weight: Tensor, local: tuple[Tensor, ...], clip_queries: Tenso
     first, first_bias = fold_norm(norm_scale, norm_shift, w1, b1)
     composed = first.double() @ embed.double()
     weights = [pack(embed, dtype), pack(composed, dtype), first_bias, *streamed_weights(dtype, *after),
-               floats(clip_queries), *window_weights(dtype, *windows, num_heads, channels**-0.5),
+               floats(clip_queries), *window_weights(dtype, *windows, num_heads=num_heads, scale=channels**-0.5),
                floats(frame_queries), split.to(dtype).contiguous()]
     return Streamed(weights, dtype, channels, patch, w1.shape[0], num_heads, window, eps)
 

@@ -9,8 +9,8 @@ from ._arrays import array, compute_dtype, floats, kernels, pack
 
 
 def window_weights(dtype: torch.dtype, q_norm_weight: Tensor, q_norm_bias: Tensor, wq: Tensor, kv_norm_weight: Tensor,
-                   kv_norm_bias: Tensor, wkv: Tensor, wp: Tensor, bp: Tensor, num_heads: int,
-                   scale: float) -> list[Tensor]:
+                   kv_norm_bias: Tensor, wkv: Tensor, wp: Tensor, bp: Tensor, *,
+                   num_heads: int, scale: float) -> list[Tensor]:
     """LayerNorm affines and the scale folded in, in the order of ``window_weights`` in csrc/bindings.cpp.
 
     The affine of the keys' norm leaves a constant on the logits, which softmax ignores; that of the values' norm goes
@@ -33,7 +33,7 @@ def fwd(x: Tensor, corners: Tensor, num_windows: int, q_norm_weight: Tensor, q_n
     channels = x.shape[-1]
     dtype = compute_dtype(x.dtype)
     weights = window_weights(dtype, q_norm_weight, q_norm_bias, wq, kv_norm_weight, kv_norm_bias, wkv, wp, bp,
-                             num_heads, channels**-0.5 if scale is None else scale)
+                             num_heads=num_heads, scale=channels**-0.5 if scale is None else scale)
     y = torch.empty(num_windows, channels, dtype=dtype)
     kernels.window_attention_pool(array(x), corners.contiguous(), weights, num_heads, window, eps, y)
     return y.to(x.dtype)
