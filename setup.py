@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -45,6 +46,11 @@ def torch_folder() -> Path:
         if (folder / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
             return folder
     raise RuntimeError("no torch >= 2.11 is installed to build against")
+
+
+def version_of(torch: Path) -> str:
+    found = re.search(r"^__version__ = '(.+)'", (torch / "version.py").read_text(), re.MULTILINE)
+    return found[1] if found else "unknown"
 
 
 def job_count() -> int:
@@ -113,7 +119,7 @@ class BuildExtension(build_ext):
             objects = list(pool.map(compile_one, jobs))
         run(*compiler, "-shared", "-s", "-o", str(target), *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10")
         version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, text=True).stdout
-        return {"compiler": version.splitlines()[0], "torch_headers": (torch / "version.py").read_text().split("'")[1]}
+        return {"compiler": version.splitlines()[0], "torch_headers": version_of(torch)}
 
 
 class Wheel(bdist_wheel):

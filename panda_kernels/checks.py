@@ -19,7 +19,8 @@ class Checks:
     def shape(self, argument: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
         """``expected`` holds sizes, or names of sizes that are free."""
         given = tuple(tensor.shape)
-        fits = len(given) == len(expected) and all(isinstance(e, str) or e == g for e, g in zip(expected, given, strict=False))
+        fits = len(given) == len(expected) and all(
+            isinstance(e, str) or e == g for e, g in zip(expected, given, strict=True))
         if not fits:
             self.fail(argument, f"shape [{', '.join(map(str, expected))}]", f"[{', '.join(map(str, given))}]")
 

@@ -85,7 +85,8 @@ def tensor_bytes(*tensors: torch.Tensor | None) -> int:
 
 def relative_error(result: torch.Tensor, exact: torch.Tensor) -> float:
     """Frobenius norm of the difference over that of ``exact``; infinite if anything is not finite."""
-    difference = result.double() - exact.double()
+    result, exact = result.detach().double(), exact.detach().double()
+    difference = result - exact
     if not bool(torch.isfinite(difference).all()):
         return float("inf")
-    return float(difference.norm() / exact.double().norm().clamp_min(1e-300))
+    return float(difference.norm() / exact.norm().clamp_min(1e-300))

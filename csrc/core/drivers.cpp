@@ -16,30 +16,6 @@ constexpr int64_t kBlockRows = 512;   // rows whose intermediates stay in the ca
 constexpr int64_t kPoolTokens = 256;  // tokens of one partial softmax; fixed, so that no batch changes a bit
 constexpr int64_t kPoolStates = 64;   // partial results held at a time
 
-// Rows as a product wants them: as they are, or copied to a padded stride.
-class ProductRows {
- public:
-  ProductRows(Dtype dtype, int64_t capacity, int64_t k)
-      : row_(k * size_of(dtype)),
-        stride_(padded_k(dtype, k)),
-        padded_(stride_ * size_of(dtype)),
-        copy_(padded_ == row_ ? 1 : capacity * padded_) {}
-
-  int64_t stride() const { return stride_; }
-
-  const void* get(const void* x, int64_t rows) {
-    if (padded_ == row_) return x;
-    std::memset(copy_.data(), 0, rows * padded_);
-    for (int64_t i = 0; i < rows; ++i)
-      std::memcpy(copy_.data() + i * padded_, static_cast<const char*>(x) + i * row_, row_);
-    return copy_.data();
-  }
-
- private:
-  int64_t row_, stride_, padded_;
-  Scratch<char> copy_;
-};
-
 int64_t rows_for(int64_t tokens, int64_t least) { return std::max((kBlockRows + tokens - 1) / tokens, least); }
 
 }  // namespace
@@ -79,7 +55,7 @@ void local_encoding(Dtype dtype, int64_t clips, Grid grid, const void* x0, const
       for (int64_t frame = 0; frame < grid.frames; ++frame) {
         residual.push_back(static_cast<const char*>(x0) + at(frame, i0));
         char* hidden = static_cast<char*>(encoder.hidden()) + frame * tokens * r * size;
-        Gemm g{input.get(residual.back(), tokens), input.stride(), squeeze, c, r, hidden, r};
+        Gemm g{input.get(residual.back(), c, tokens), input.stride(c), squeeze, c, r, hidden, r};
         g.bias = squeeze_bias;
         product(dtype, g, tokens);
       }
@@ -181,8 +157,8 @@ void token_mlp(const TokenMlp& a) {
   if (stride != a.hidden) std::memset(hidden.data(), 0, block * stride * size);
   for (int64_t row = 0; row < a.rows; row += block) {
     const int64_t rows = std::min(block, a.rows - row);
-    Gemm first{input.get(static_cast<const char*>(a.x) + row * a.c * size, rows),
-               input.stride(),
+    Gemm first{input.get(static_cast<const char*>(a.x) + row * a.c * size, a.c, rows),
+               input.stride(a.c),
                a.w1,
                a.c,
                a.hidden,

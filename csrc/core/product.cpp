@@ -1,6 +1,7 @@
 #include "product.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "parallel.h"
 
@@ -19,6 +20,20 @@ void product(Dtype dtype, const Gemm& g, int64_t rows) {
       first += end - panel;
     }
   });
+}
+
+ProductRows::ProductRows(Dtype dtype, int64_t capacity, int64_t k)
+    : k_(k),
+      padded_(padded_k(dtype, k)),
+      size_(size_of(dtype)),
+      copy_(padded_ == k ? 1 : capacity * padded_ * size_of(dtype)) {}
+
+const void* ProductRows::get(const void* x, int64_t stride, int64_t rows) const {
+  if (padded_ == k_) return x;
+  std::memset(copy_.data(), 0, rows * padded_ * size_);
+  for (int64_t i = 0; i < rows; ++i)
+    std::memcpy(copy_.data() + i * padded_ * size_, static_cast<const char*>(x) + i * stride * size_, k_ * size_);
+  return copy_.data();
 }
 
 }  // namespace panda

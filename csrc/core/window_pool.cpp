@@ -19,10 +19,9 @@ WindowPool::WindowPool(Dtype dtype, const WindowPoolWeights& weights, int64_t ca
       xhat_(capacity * weights.size * stride_ * size_of(dtype)),
       mean_(capacity * weights.c * int64_t(sizeof(float))),
       normalised_(capacity * stride_ * size_of(dtype)),
-      query_((capacity * stride_ + 32) * size_of(dtype)),  // a head's slice is read up to a multiple of 32
+      query_(capacity * stride_ * size_of(dtype)),
       pooled_(capacity * stride_ * size_of(dtype)),
       result_(capacity * weights.c * size_of(dtype)) {
-  std::memset(query_.data(), 0, (capacity * stride_ + 32) * size_of(dtype));
   std::memset(pooled_.data(), 0, capacity * stride_ * size_of(dtype));
 }
 
@@ -31,7 +30,9 @@ void WindowPool::head(int64_t head, int64_t first, int64_t last) {
   Scratch<float> folded(kBlock * c);
   Scratch<char> z(kBlock * stride_ * size);
   const char* keys = static_cast<const char*>(weights_.keys) + head * packed_bytes(dtype_, c, width);
-  Gemm fold{query_.data() + (first * stride_ + head * width) * size, stride_, keys, width, c, folded.data(), c};
+  const ProductRows query(dtype_, last - first, width);
+  Gemm fold{query.get(query_.data() + (first * stride_ + head * width) * size, stride_, last - first),
+            query.stride(stride_), keys, width, c, folded.data(), c};
   fold.c_is_float = true;
   gemm(dtype_, fold, 0, last - first, 0, panels(c));
   const WindowAttention attention{dtype_, folded.data(), xhat_.data(), z.data(), weights_.size, c, stride_};

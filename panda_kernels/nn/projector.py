@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoint, ops
+from .. import backends, checkpoint, ops
+from ..ops._autocast import is_autocasting
+from .folding import Folded, can_fold
 
 
 class Projector(nn.Sequential):
@@ -25,7 +27,21 @@ class Projector(nn.Sequential):
                  dtype: torch.dtype | None = None) -> None:
         super().__init__(nn.Linear(dim, out_dim, device=device, dtype=dtype), nn.GELU(),
                          nn.Linear(out_dim, out_dim, device=device, dtype=dtype))
+        self._prepared = Folded(self, _prepare)
         self.backend = "auto"
+
+    @property
+    def backend(self) -> str:
+        return self._backend
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        self._backend = name
+        self._prepared.clear()  # what is prepared belongs to one backend
+
+    def train(self, mode: bool = True) -> Projector:
+        self._prepared.clear()
+        return super().train(mode)
 
     @classmethod
     def from_checkpoint(cls, path: str | PathLike[str], *, dtype: torch.dtype | None = None,
@@ -47,6 +63,29 @@ class Projector(nn.Sequential):
             ValueError: a wrong width, no tokens, or tensors on several devices.
             TypeError: dtypes that differ.
         """
-        parts: Any = self
-        first, _, last = parts
-        return ops.token_mlp(x, first.weight, first.bias, last.weight, last.bias, backend=self.backend)
+        server = _preparing_backend(self) if self._can_prepare(x) else None
+        if server is None:
+            return ops.token_mlp(x, *_weights(self), backend=self.backend)
+        return server.run(self._prepared.get(), x)
+
+    def _can_prepare(self, x: Tensor) -> bool:
+        """Inference on tokens that need no check by the op: packed weights can be kept from call to call."""
+        weight = _weights(self)[0]
+        if is_autocasting(x) or x.dtype != weight.dtype or x.device != weight.device or not x.numel():
+            return False
+        fits = x.ndim > 0 and x.shape[-1] == weight.shape[1]
+        return fits and not (torch.is_grad_enabled() and x.requires_grad) and can_fold(self)
+
+
+def _weights(projector: Projector) -> tuple[Tensor, ...]:
+    parts: Any = projector
+    first, _, last = parts
+    return first.weight, first.bias, last.weight, last.bias
+
+
+def _preparing_backend(projector: Projector) -> Any:
+    return backends.first("token_mlp", "prepare", projector.backend, _weights(projector))
+
+
+def _prepare(projector: Projector) -> Any:
+    return _preparing_backend(projector).prepare(*_weights(projector))

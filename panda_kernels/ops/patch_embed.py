@@ -103,7 +103,8 @@ def patch_embed(pixels: Tensor, weight: Tensor, *, present: Tensor | None = None
     if weight.shape[2] != patch:
         check.fail("weight", "square patches", f"{weight.shape[2]} x {patch}")
     if pixels.shape[3] < patch or pixels.shape[4] < patch:
-        check.fail("pixels", f"at least one patch of {patch} x {patch}", f"{pixels.shape[3]} x {pixels.shape[4]} pixels")
+        check.fail("pixels", f"at least one patch of {patch} x {patch}",
+                   f"{pixels.shape[3]} x {pixels.shape[4]} pixels")
     if present is not None:
         check.shape("present", present, pixels.shape[:2])
         if present.dtype != torch.bool:

@@ -23,8 +23,8 @@ def bwd(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: 
     # torch 2.13's weight gradient in half precision on the CPU is wrong for channels-last grids of a few patches.
     dtype = torch.float32 if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else x.dtype
     grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        grad.to(dtype).movedim(-1, 1), x.to(dtype).movedim(-1, 1), weight.to(dtype), [channels], [1, 1, 1], _padding(weight), [1, 1, 1], False,
-        [0, 0, 0], channels, [needs[0], needs[1], bias is not None and needs[2]])
+        grad.to(dtype).movedim(-1, 1), x.to(dtype).movedim(-1, 1), weight.to(dtype), [channels], [1, 1, 1],
+        _padding(weight), [1, 1, 1], False, [0, 0, 0], channels, [needs[0], needs[1], bias is not None and needs[2]])
     if needs[0]:
         grad_x = grad_x.movedim(1, -1)
         grad_x = grad_x + grad if residual else grad_x
