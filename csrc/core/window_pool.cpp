@@ -32,7 +32,12 @@ void WindowPool::head(int64_t head, int64_t first, int64_t last) {
   const char* keys = static_cast<const char*>(weights_.keys) + head * packed_bytes(dtype_, c, width);
   const ProductRows query(dtype_, last - first, width);
   Gemm fold{query.get(query_.data() + (first * stride_ + head * width) * size, stride_, last - first),
-            query.stride(stride_), keys, width, c, folded.data(), c};
+            query.stride(stride_),
+            keys,
+            width,
+            c,
+            folded.data(),
+            c};
   fold.c_is_float = true;
   gemm(dtype_, fold, 0, last - first, 0, panels(c));
   const WindowAttention attention{dtype_, folded.data(), xhat_.data(), z.data(), weights_.size, c, stride_};
