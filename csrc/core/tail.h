@@ -5,8 +5,6 @@
 namespace panda::PANDA_TIER {
 
 // Bytes, for pixels.
-PANDA_INLINE float to_float(uint8_t x) { return x; }
-
 PANDA_INLINE vf load(const uint8_t* p) {
   typedef uint8_t vb __attribute__((vector_size(kLanes)));
   vb bytes;
