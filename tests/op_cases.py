@@ -93,7 +93,10 @@ def assert_as_close_as_torch(spec: OpSpec, result: tuple[Tensor, dict[str, Tenso
 
     def in_reference(precision: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
         cotangent_ = None if grad is None else grad.detach().cpu().contiguous().to(precision)
-        return with_gradients(reference, in_dtype(inputs, precision), cotangent_)
+        # oneDNN's bfloat16 depthwise weight gradient holds uninitialised memory on grids smaller than the kernel
+        # (torch 2.13): as a yardstick it would allow anything.
+        with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+            return with_gradients(reference, in_dtype(inputs, precision), cotangent_)
 
     (exact, exact_grads), (plain, plain_grads) = in_reference(torch.float64), in_reference(measured)
     y, grads = result

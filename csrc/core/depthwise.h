@@ -34,10 +34,15 @@ struct DepthwiseRows {
 constexpr int64_t kDepthwiseChunk = 64;  // channels a work item takes
 
 inline bool is_333(const Depthwise& a) { return a.kt == 3 && a.kh == 3 && a.kw == 3; }
+// Rows a work item takes: few enough that the pages of all its tokens stay in the translation buffers.
+constexpr int64_t kDepthwiseRows = 8;
+
+inline int64_t depthwise_bands(const Depthwise& a) { return (a.h + kDepthwiseRows - 1) / kDepthwiseRows; }
+inline int64_t depthwise_groups(const Depthwise& a) { return (a.t + kMaxFrames - 1) / kMaxFrames; }
 inline int64_t depthwise_chunks(const Depthwise& a) { return (a.c + kDepthwiseChunk - 1) / kDepthwiseChunk; }
 // What a call is cut into; any split of the items among threads gives the same bits.
 inline int64_t depthwise_items(const Depthwise& a) {
-  return a.b * (is_333(a) ? (a.t + kMaxFrames - 1) / kMaxFrames * depthwise_chunks(a) : a.h);
+  return a.b * (is_333(a) ? depthwise_groups(a) * depthwise_bands(a) * depthwise_chunks(a) : a.h);
 }
 
 }  // namespace panda

@@ -17,11 +17,19 @@ def fwd(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tenso
     return (y + x if residual else y).contiguous()
 
 
+def _precise(x: Tensor, weight: Tensor) -> bool:
+    """Whether to leave half precision: oneDNN's bfloat16 weight gradient is wrong on grids smaller than the kernel.
+
+    Seen in torch 2.13 (oneDNN 3.12), where the taps that never meet the grid come back uninitialised.
+    """
+    smaller = any(n < k for n, k in zip(x.shape[1:4], weight.shape[2:], strict=True))
+    return smaller and x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+
+
 def bwd(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, *,
         needs: list[bool]) -> list[Tensor | None]:
     channels = x.shape[-1]
-    # torch 2.13's weight gradient in half precision on the CPU is wrong for channels-last grids of a few patches.
-    dtype = torch.float32 if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+    dtype = torch.float32 if _precise(x, weight) else x.dtype
     grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
         grad.to(dtype).movedim(-1, 1), x.to(dtype).movedim(-1, 1), weight.to(dtype), [channels], [1, 1, 1],
         _padding(weight), [1, 1, 1], False, [0, 0, 0], channels, [needs[0], needs[1], bias is not None and needs[2]])
