@@ -1,10 +1,12 @@
 #include "gemm.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <new>
 
 #include "kernels.h"
+#include "parallel.h"
 
 namespace panda {
 
@@ -16,22 +18,34 @@ uint16_t rounded(float x) {
   return x == x ? uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16) : uint16_t((u | 0x400000u) >> 16);
 }
 
-uint16_t read_bits(const float* w, int64_t i) { return rounded(w[i]); }
-uint16_t read_bits(const bfloat16* w, int64_t i) { return w[i].bits; }
+// Columns of W taken at a time, so that a row is read a cache line at a time and what is written stays in the caches.
+constexpr int64_t kPackDepth = 32;
 
-void pack_float(const float* w, int64_t row_stride, int64_t column_stride, int64_t n, int64_t k, float* packed) {
-  for (int64_t first = 0; first < n; first += kPanel)
-    for (int64_t j = 0; j < k; ++j)
-      for (int64_t i = first; i < first + kPanel; ++i) *packed++ = i < n ? w[i * row_stride + j * column_stride] : 0.0f;
+// Where element (i, j) of a panel goes: pairs of j side by side for bfloat16.
+template <class To>
+int64_t packed_index(int64_t i, int64_t j) {
+  return sizeof(To) == 4 ? j * kPanel + i : (j / 2 * kPanel + i) * 2 + j % 2;
 }
 
-template <class T>
-void pack_pairs(const T* w, int64_t row_stride, int64_t column_stride, int64_t n, int64_t k, uint16_t* packed) {
-  for (int64_t first = 0; first < n; first += kPanel)
-    for (int64_t pair = 0; pair < round_up(k, 32); pair += 2)
-      for (int64_t i = first; i < first + kPanel; ++i)
-        for (int64_t j = pair; j < pair + 2; ++j)
-          *packed++ = i < n && j < k ? read_bits(w, i * row_stride + j * column_stride) : 0;
+float convert(float x, float*) { return x; }
+uint16_t convert(float x, uint16_t*) { return rounded(x); }
+uint16_t convert(bfloat16 x, uint16_t*) { return x.bits; }
+
+template <class From, class To>
+void pack_panels(const From* w, int64_t row_stride, int64_t column_stride, int64_t n, int64_t k, int64_t depth,
+                 To* packed) {
+  parallel_for(panels(n), [&](int64_t first, int64_t last) {
+    for (int64_t panel = first; panel < last; ++panel) {
+      To* to = packed + panel * depth * kPanel;
+      for (int64_t j0 = 0; j0 < depth; j0 += kPackDepth)
+        for (int64_t i = 0; i < kPanel; ++i) {
+          const int64_t row = panel * kPanel + i, end = std::min(j0 + kPackDepth, depth);
+          for (int64_t j = j0; j < end; ++j)
+            to[packed_index<To>(i, j)] =
+                row < n && j < k ? convert(w[row * row_stride + j * column_stride], to) : To(0);
+        }
+    }
+  });
 }
 
 struct Buffer {
@@ -44,12 +58,14 @@ struct Buffer {
 
 void pack(Dtype to, Dtype from, const void* w, int64_t row_stride, int64_t column_stride, int64_t n, int64_t k,
           void* packed) {
+  const int64_t depth = padded_k(to, k);
   if (to == Dtype::float32)
-    pack_float(static_cast<const float*>(w), row_stride, column_stride, n, k, static_cast<float*>(packed));
+    pack_panels(static_cast<const float*>(w), row_stride, column_stride, n, k, depth, static_cast<float*>(packed));
   else if (from == Dtype::float32)
-    pack_pairs(static_cast<const float*>(w), row_stride, column_stride, n, k, static_cast<uint16_t*>(packed));
+    pack_panels(static_cast<const float*>(w), row_stride, column_stride, n, k, depth, static_cast<uint16_t*>(packed));
   else
-    pack_pairs(static_cast<const bfloat16*>(w), row_stride, column_stride, n, k, static_cast<uint16_t*>(packed));
+    pack_panels(static_cast<const bfloat16*>(w), row_stride, column_stride, n, k, depth,
+                static_cast<uint16_t*>(packed));
 }
 
 void* scratch(size_t bytes) {
