@@ -5,11 +5,13 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-READS = re.compile(r"""(?:environ(?:\.get\(|\[)|getenv\()\s*"([A-Z_]+)"|"([A-Z_]+)" in os\.environ""")
+SUFFIXES = (".py", ".cpp", ".h", ".inc")
+READS = re.compile(r"""(?:environ(?:\.get\(|\[)|getenv\()\s*["']([A-Z_]+)["']|"([A-Z_]+)" (?:not )?in os\.environ""")
 
 
 def test_every_variable_is_documented() -> None:
-    sources = [ROOT / "setup.py", *(ROOT / "panda_kernels").rglob("*.py"), *(ROOT / "csrc").rglob("*.cpp")]
-    read = {a or b for source in sources for a, b in READS.findall(source.read_text())}
+    folders = ("panda_kernels", "python_ref", "csrc", "tests", "bench", "examples")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*") if file.suffix in SUFFIXES]
+    read = {a or b for file in (ROOT / "setup.py", *files) for a, b in READS.findall(file.read_text())}
     documented = set(re.findall(r"^\| `([A-Z_]+)`", (ROOT / "docs" / "environment.md").read_text(), re.MULTILINE))
     assert read == documented

@@ -51,7 +51,7 @@ def transposed(t: Tensor) -> Tensor:
 def sliced(t: Tensor) -> Tensor:
     """Every second element of a larger buffer that holds poison between and before them."""
     poison = torch.nan if t.dtype.is_floating_point else POISON % (torch.iinfo(t.dtype).max + 1)
-    buffer = torch.full([n + 1 for n in t.shape[:-1]] + [2 * t.shape[-1] + 1], poison, dtype=t.dtype)
+    buffer = torch.full([n + 1 for n in t.shape[:-1]] + [2 * t.shape[-1] + 1], poison, dtype=t.dtype, device=t.device)
     view = buffer[tuple(slice(1, None) for _ in t.shape)][..., ::2]
     return view.copy_(t)
 
@@ -76,7 +76,7 @@ LAYOUTS: list[tuple[Layout, Layout]] = [(transposed, transposed), (sliced, slice
 def test_any_layout(backend: str, device: str, op: str, case: str, dtype: torch.dtype,
                     layout: Layout, grad_layout: Layout) -> None:
     inputs = {name: layout(value) if isinstance(value, Tensor) and value.dtype != torch.bool else value
-              for name, value in make(op, case, dtype).items()}
+              for name, value in make(op, case, dtype, device).items()}
     grad = grad_layout(cotangent(call(op, inputs, backend)))
     result = with_gradients(partial(call_by_name, op, backend), inputs, grad)
     assert_as_close_as_torch(SPECS[op], result, inputs, dtype, grad)
