@@ -1,4 +1,4 @@
-"""What every op promises beside its values: registration, gradients, compilation, autocast, choice of backend, errors."""
+"""What every op promises beside its values: registration, gradients, compilation, autocast, backends, errors."""
 
 from __future__ import annotations
 
@@ -220,9 +220,9 @@ FAULTS: list[tuple[str, str, str, Change, type[Exception], str]] = [
     ("window_attention_pool", "ragged", "x", INTEGER, TypeError, "x: expected a floating dtype"),
     ("window_attention_pool", "ragged", "corners", LONGER, ValueError, r"corners: expected shape \[4, 4\]"),
     ("window_attention_pool", "ragged", "corners", INTEGER, TypeError, "corners: expected torch.int64"),
-    ("window_attention_pool", "image", "corners", tensor([0, 5, 0, 8]), ValueError, "corners: .*grid of 5 x 7 in frame 0"),
+    ("window_attention_pool", "image", "corners", tensor([0, 5, 0, 8]), ValueError, "corners: .*5 x 7 in frame 0"),
     ("window_attention_pool", "image", "corners", tensor([-1, 5, 0, 7]), ValueError, "corners: .*rows -1 to 5"),
-    ("window_attention_pool", "image", "corners", tensor([4, 5, 0, 7]), ValueError, "corners: .*at least 2 x 2 patches"),
+    ("window_attention_pool", "image", "corners", tensor([4, 5, 0, 7]), ValueError, "corners: .*at least 2 x 2"),
     ("window_attention_pool", "image", "corners", META, ValueError, "corners: expected device cpu"),
     ("window_attention_pool", "image", "num_windows", to(7), ValueError, "num_windows: expected 6, .*got 7"),
     ("window_attention_pool", "image", "num_windows", to(0), ValueError, "num_windows: expected at least 1, got 0"),
@@ -237,7 +237,7 @@ FAULTS: list[tuple[str, str, str, Change, type[Exception], str]] = [
     ("assemble_tokens", "ragged", "y", FLAT, ValueError, r"y: expected shape \[num_windows, C\]"),
     ("assemble_tokens", "ragged", "y", NONE_LEFT, ValueError, "y: expected at least one element"),
     ("assemble_tokens", "ragged", "y", INTEGER, TypeError, "y: expected a floating dtype"),
-    ("assemble_tokens", "ragged", "y", LONGER, ValueError, "y: expected 25 windows.*got 26"),
+    ("assemble_tokens", "ragged", "y", LONGER, ValueError, "y: expected 23 windows.*got 24"),
     ("assemble_tokens", "ragged", "f", WIDER, ValueError, r"f: expected shape \[frames, 64\]"),
     ("assemble_tokens", "ragged", "split", LONGER, ValueError, r"split: expected shape \[64\]"),
     ("assemble_tokens", "ragged", "split", DOUBLE, TypeError, "split: expected torch.float32 as y"),
@@ -275,8 +275,8 @@ def test_every_op_has_faults_and_a_documented_function() -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_cost_and_bench_sizes(op: str) -> None:
-    """The cost of a call grows with the dtype in bytes and not in operations; every bench entry draws its inputs."""
+def test_cost_counts_bytes_by_dtype(op: str) -> None:
+    """The operations of a call are the same in every dtype, its bytes are not."""
     spec = SPECS[op]
     for sizes in spec.test_sizes.values():
         half, single = (spec.cost(**spec.inputs(sizes, dtype)) for dtype in (torch.bfloat16, torch.float32))

@@ -62,8 +62,8 @@ def expanded(t: Tensor) -> Tensor:
 
 
 def expanded_samples(t: Tensor) -> Tensor:
-    """The first sample for all. Packed tokens and matrices keep their values: equal ones would make the gradients vanish
-    but for rounding, and index tensors have to."""
+    """The first sample for all. Packed tokens and matrices keep their values: equal ones would make the gradients
+    vanish but for rounding, and index tensors have to."""
     return expanded(t) if t.ndim > 2 and (t.dtype.is_floating_point or t.dtype == torch.uint8) else t
 
 
