@@ -210,6 +210,14 @@ def test_nan_and_infinity_stay_in_their_rows(core: ModuleType, dtype: str) -> No
     assert np.isfinite(np.delete(c, [3, 11], 0)).all()
 
 
+def test_a_nan_with_every_bit_set_is_not_rounded_away(core: ModuleType) -> None:
+    nan = np.array([0x7FFFFFFF], np.uint32).view(np.float32)
+    assert np.isnan(widened(CORE.pack(nan.reshape(1, 1), True).view(np.uint16)[:1]))
+    problem = Problem("bfloat16", 2, 33, 4)
+    problem.bias = np.repeat(nan, 33)
+    assert np.isnan(widened(problem.run()[1])).all()
+
+
 def gelu(core: ModuleType, x: Array, dtype: str) -> Array:
     """GELU as the epilogue of a product with one: x [m] in the dtype's storage."""
     a = np.zeros((x.size, 1 if dtype == "float32" else 32), x.dtype)

@@ -290,9 +290,14 @@ def test_streamed_tower_close_to_float64(name: str, dtype: torch.dtype, tier: st
 
 
 def test_inference_is_streamed_and_what_needs_gradients_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+    calls: list[tuple[Any, ...]] = []
     run = stab_tower.run
-    monkeypatch.setattr(stab_tower, "run", lambda *arguments: calls.append(1) or run(*arguments))
+
+    def counted(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        calls.append(arguments)
+        return run(*arguments)
+
+    monkeypatch.setattr(stab_tower, "run", counted)
     x, rectangles = frames_of("four")
     for backend, expected in (("cpu", 1), ("auto", 2), ("torch", 2)):
         tokens_of(tower_of("four", torch.float32, backend), x, rectangles)

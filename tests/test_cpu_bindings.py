@@ -17,6 +17,7 @@ from panda_kernels.nn import STAB
 KERNELS = torch.ops.panda_kernels_cpu
 assert backends.load_error("cpu") is None
 
+
 def window_pool_arguments() -> dict[str, Any]:
     corners = torch.tensor([[0, 4, 0, 6], [1, 4, 2, 6]])
     square = pack(torch.eye(16), torch.float32)
@@ -61,10 +62,17 @@ def depthwise_arguments() -> dict[str, Any]:
             "kw": 3, "y": torch.empty(1, 2, 4, 6, 16)}
 
 
+def encoding_arguments() -> dict[str, Any]:
+    weights = [pack(torch.zeros(8, 16), torch.float32), torch.zeros(8), torch.zeros(3, 8), torch.zeros(8),
+               pack(torch.zeros(16, 8), torch.float32), torch.zeros(16), torch.zeros(27, 16), torch.zeros(16)]
+    return {"x": torch.zeros(1, 2, 4, 6, 16), "weights": weights, "r": 8, "y": torch.empty(1, 2, 4, 6, 16)}
+
+
 ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
     "window_attention_pool": window_pool_arguments, "assemble_tokens": assemble_arguments,
     "attention_pool": pool_arguments, "stab_tower": tower_arguments, "token_mlp": mlp_arguments,
-    "patch_embed": patch_arguments, "depthwise_conv3d": depthwise_arguments}
+    "patch_embed": patch_arguments, "depthwise_conv3d": depthwise_arguments,
+    "local_encoding": encoding_arguments}
 
 
 def shortened(weights: list[Tensor], i: int) -> list[Tensor]:
@@ -114,6 +122,9 @@ WRONG: dict[str, list[dict[str, Any]]] = {
     "depthwise_conv3d": [
         {"taps": torch.zeros(26, 16)}, {"bias": torch.zeros(15)}, {"y": torch.empty(1, 2, 4, 5, 16)},
         {"y": torch.empty(1, 2, 4, 6, 16).bfloat16()}, {"x": torch.zeros(1, 2, 4, 16, 6).transpose(3, 4)}],
+    "local_encoding": [
+        *({"weights": shortened(encoding_arguments()["weights"], i)} for i in range(8)), {"weights": []},
+        {"y": torch.empty(1, 2, 3, 6, 16)}, {"y": torch.empty(1, 2, 4, 6, 16).bfloat16()}],
 }
 
 

@@ -17,9 +17,10 @@ namespace {
 
 constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
 
+#if defined(__x86_64__)
 // AMX state is large, so Linux wants to be asked before a process touches it.
 bool amx_granted() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__linux__)
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kTileState = 3u << 17;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   unsigned a, b, c, d;
@@ -31,6 +32,7 @@ bool amx_granted() {
   return false;
 #endif
 }
+#endif
 
 Tier best_supported() {
 #if defined(__x86_64__)
