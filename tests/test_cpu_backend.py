@@ -126,6 +126,22 @@ def test_any_number_of_threads_gives_the_same_bits(op: str, dtype: torch.dtype, 
         assert same_bits(one, two), case
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", OPS)
+def test_nan_goes_wherever_the_reference_has_it(op: str, dtype: torch.dtype, tier: str) -> None:
+    """One NaN early and one late in the tokens: none is lost in a maximum, a comparison or a partial sum."""
+    for case in sizes(op):
+        inputs = inputs_of(op, case, dtype)
+        name = next(name for name, value in inputs.items() if isinstance(value, Tensor))
+        if not inputs[name].is_floating_point():
+            continue
+        for at in (inputs[name].numel() // 40, -1 - inputs[name].numel() // 3):
+            inputs[name] = inputs_of(op, case, dtype)[name].clone()
+            inputs[name].view(-1)[at] = torch.nan
+            expected = SPECS[op].load_reference()(**inputs).isnan()
+            assert torch.equal(call(op, inputs, "cpu").isnan(), expected), f"{case}: NaN at element {at}"
+
+
 class Poison:
     """Memory in which everything not asked for is NaN, and results that are NaN until written."""
 

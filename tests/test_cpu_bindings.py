@@ -91,8 +91,7 @@ WRONG: dict[str, list[dict[str, Any]]] = {
     "window_attention_pool": [
         *({"corners": c} for c in OUTSIDE), {"y": torch.empty(7, 16)}, {"y": torch.empty(9, 16)},
         {"y": torch.empty(8, 15)}, {"x": torch.zeros(2, 4, 6, 16).transpose(1, 2)},
-        *({"weights": shortened(window_pool_arguments()["weights"], i)} for i in range(6)), {"weights": []}]
-   ,
+        *({"weights": shortened(window_pool_arguments()["weights"], i)} for i in range(6)), {"weights": []}],
     "assemble_tokens": [
         *({"corners": c} for c in OUTSIDE if int(c.min()) < 0 or c.dtype != torch.int64 or len(c) < 2),
         {"y": torch.zeros(7, 16)}, {"y": torch.zeros(8, 15)}, {"tokens": torch.empty(12, 16)},
@@ -108,8 +107,7 @@ WRONG: dict[str, list[dict[str, Any]]] = {
         {"frame_pooled": torch.empty(2, 3, 16)}, {"present": torch.ones(1, 1, dtype=torch.bool)},
         {"normalise": torch.zeros(5)}, {"pixels": torch.zeros(1, 2, 2, 16, 24)},
         {"pixels": torch.zeros(1, 2, 3, 15, 24)}, {"pixels": torch.zeros(1, 2, 3, 16, 24).half()}, {"weights": []},
-        *({"weights": shortened(tower_arguments()["weights"], i)} for i in range(18))]
-   ,
+        *({"weights": shortened(tower_arguments()["weights"], i)} for i in range(18))],
     "token_mlp": [
         {"b1": torch.zeros(25)}, {"b2": torch.zeros(40)}, {"w1": torch.zeros(8, dtype=torch.uint8)},
         {"x": torch.zeros(3, 17)}, {"x": torch.zeros(3, 16).half()}, {"y": torch.empty(2, 8)},

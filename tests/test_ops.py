@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from op_cases import (
     calls,
     cotangent,
     first_case,
+    in_dtype,
     is_float,
     make,
     served,
@@ -25,7 +27,7 @@ from torch import Tensor
 
 import panda_kernels
 from panda_kernels.ops import SPECS
-from panda_kernels.spec import Inputs
+from panda_kernels.spec import Inputs, relative_error
 
 POISON = 7777
 
@@ -199,3 +201,24 @@ def test_only_the_gradients_asked_for(backend: str) -> None:
             only = inputs[name].detach().requires_grad_()
             y = call(op, inputs | {name: only}, backend)
             torch.testing.assert_close(torch.autograd.grad(y, only, cotangent(y))[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", SPECS["attention_pool"].test_sizes)
+@pytest.mark.parametrize("backend", USABLE)
+def test_pooling_in_half_precision_rounds_once(backend: str, case: str, dtype: torch.dtype) -> None:
+    """Statistics, logits and softmax in float32 leave one rounding, that of the result; torch's own error is larger."""
+    inputs = make("attention_pool", case, dtype)
+    if not served(backend, "attention_pool", inputs):
+        backend = "torch"
+    exact = SPECS["attention_pool"].load_reference()(**in_dtype(inputs, torch.float64))
+    assert relative_error(call("attention_pool", inputs, backend), exact) < 0.6 * torch.finfo(dtype).eps / 2
+
+
+def test_windows_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More windows than a chunk holds, the last chunk not full."""
+    monkeypatch.setattr(import_module("panda_kernels.backends.torch.window_attention_pool"), "CPU_CHUNK", 5)
+    inputs = make("window_attention_pool", "ragged", torch.float32)
+    assert inputs["num_windows"] % 5
+    result = with_gradients(partial(call_by_name, "window_attention_pool", "torch"), inputs)
+    assert_as_close_as_torch(SPECS["window_attention_pool"], result, inputs, torch.float32)

@@ -48,7 +48,7 @@ SPEC = OpSpec(
         "a_set_a_sample": {"batch": 2, "tokens": 19, "channels": 40, "queries": 3, "per_sample": True},
         "one_token": {"batch": 2, "tokens": 1, "channels": 16, "queries": 2},
         "packed": {"lengths": (35, 1, 64, 32, 7), "channels": 48},
-        "packed_sets": {"lengths": (5, 0, 40), "channels": 29, "queries": 2, "per_sample": True},
+        "packed_sets": {"lengths": (5, 0, 40, 0), "channels": 29, "queries": 2, "per_sample": True},
     },
     bench_sizes={
         "clips2": {"batch": 2, "tokens": 4096, "channels": 1024},

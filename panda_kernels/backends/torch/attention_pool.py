@@ -60,8 +60,7 @@ def _packed(x: Tensor, queries: Tensor, blocks: _Blocks, eps: float) -> _Packed:
     logits = (queries @ xhat.mT).masked_fill(~blocks.valid[:, None], -torch.inf)
     peak = torch.segment_reduce(logits.amax(2), "max", offsets=blocks.bounds, axis=0, unsafe=True)
     weights = (logits - peak[blocks.samples, :, None]).masked_fill(~blocks.valid[:, None], -torch.inf).exp()
-    # At least one token has weight 1, except in a sample without any.
-    norm = blocks.sum(weights.sum(2)).clamp_min(1.0)
+    norm = blocks.sum(weights.sum(2))
     return _Packed(xhat, mean, rstd, queries, weights / norm[blocks.samples, :, None])
 
 
