@@ -1,6 +1,6 @@
 // The CPU core as torch ops, through the LibTorch stable ABI: one binary for every torch from 2.11 and any Python 3.
-// Callers (panda_kernels/backends/cpu) allocate the results and pass contiguous tensors; what is checked here is what
-// would otherwise read or write outside them.
+// Callers (panda_kernels/backends/cpu) allocate the results and pass contiguous tensors; dtypes and most sizes are
+// checked here once more; the rest is the callers' to get right.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

