@@ -3,7 +3,6 @@ PYTHON ?= python3.11
 VENV := .venv
 PY := $(VENV)/bin/python
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
-CXX_FILES := $(SOURCES)
 
 .PHONY: setup demo test lint format bench clean
 
@@ -28,10 +27,10 @@ test: setup lint
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
 
 format: setup
-	$(VENV)/bin/clang-format -i $(CXX_FILES)
+	$(VENV)/bin/clang-format -i $(SOURCES)
 	$(VENV)/bin/ruff check --fix .
 
 bench: setup

@@ -45,7 +45,7 @@ def torch_folder() -> Path:
     for folder in folders:
         if (folder / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
             return folder
-    raise RuntimeError("no torch >= 2.11 is installed to build against")
+    raise RuntimeError("no torch >= 2.11 was installed to build against; install torch first, then this package again")
 
 
 def version_of(torch: Path) -> str:
