@@ -1,9 +1,7 @@
 #include "gemm.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 
 #include "kernels.h"
 #include "parallel.h"
@@ -48,12 +46,6 @@ void pack_panels(const From* w, int64_t row_stride, int64_t column_stride, int64
   });
 }
 
-struct Buffer {
-  void* data = nullptr;
-  size_t bytes = 0;
-  ~Buffer() { std::free(data); }
-};
-
 }  // namespace
 
 void pack(Dtype to, Dtype from, const void* w, int64_t row_stride, int64_t column_stride, int64_t n, int64_t k,
@@ -66,20 +58,6 @@ void pack(Dtype to, Dtype from, const void* w, int64_t row_stride, int64_t colum
   else
     pack_panels(static_cast<const bfloat16*>(w), row_stride, column_stride, n, k, depth,
                 static_cast<uint16_t*>(packed));
-}
-
-void* scratch(size_t bytes) {
-  thread_local Buffer buffer;
-  if (bytes > buffer.bytes) {
-    std::free(buffer.data);
-    buffer.bytes = size_t(round_up(int64_t(bytes), 4096));
-    buffer.data = std::aligned_alloc(64, buffer.bytes);
-    if (!buffer.data) {
-      buffer.bytes = 0;
-      throw std::bad_alloc();
-    }
-  }
-  return buffer.data;
 }
 
 void gemm(Dtype dtype, const Gemm& g, int64_t row0, int64_t row1, int64_t panel0, int64_t panel1) {

@@ -54,7 +54,4 @@ struct Gemm {
 // summed in one order, so that any division of the rows and panels among calls gives the same bits.
 void gemm(Dtype dtype, const Gemm& g, int64_t row0, int64_t row1, int64_t panel0, int64_t panel1);
 
-// A buffer of this thread's, 64-byte aligned, valid until the thread asks again.
-void* scratch(size_t bytes);
-
 }  // namespace panda

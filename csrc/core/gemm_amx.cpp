@@ -112,8 +112,7 @@ void gemm_bfloat16(const Gemm& g, int64_t row0, int64_t row1, int64_t panel0, in
   const int64_t deep = kPartsDeep * part;
   const int64_t block = smaller(block_rows(64 * smaller(steps, deep), kPair), round_up(row1 - row0, kPair));
   const int64_t waiting = steps > deep ? block * kPanel : 0;
-  const size_t sum_floats = size_t(waiting ? waiting * (panel1 - panel0) : block * kPanel);
-  float* sums = static_cast<float*>(scratch(sizeof(float) * sum_floats));
+  const Scratch<float> sums(waiting ? waiting * (panel1 - panel0) : block * kPanel);
   const Finish done = finish_for_bfloat16(g);
   const TileState restored_at_the_end;
   configure(TileConfig(kPair));
@@ -121,7 +120,7 @@ void gemm_bfloat16(const Gemm& g, int64_t row0, int64_t row1, int64_t panel0, in
     for (int64_t start = 0; start < steps; start += deep)
       for (int64_t panel = panel0; panel < panel1; ++panel)
         for (int64_t s = start; s < smaller(start + deep, steps); s += part)
-          multiply_part(g, done, sums + (panel - panel0) * waiting, row, smaller(row1 - row, block), panel, s,
+          multiply_part(g, done, sums.data() + (panel - panel0) * waiting, row, smaller(row1 - row, block), panel, s,
                         smaller(steps - s, part));
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 #include "gemm.h"
 #include "math.h"
+#include "scratch.h"
 
 namespace panda::PANDA_TIER {
 
@@ -164,12 +165,12 @@ static void multiply_in_place(const Gemm& g, int64_t row_bytes, int64_t steps, F
                               int64_t panel0, int64_t panel1) {
   const int64_t block = smaller(block_rows(4 * smaller(steps, kDeep), kRows), row1 - row0);
   const int64_t waiting = waiting_panels(steps, panel0, panel1);
-  float* sums = static_cast<float*>(scratch(sizeof(float) * size_t(kPanel * block * waiting)));
+  const Scratch<float> sums(kPanel * block * waiting);
   const uint32_t* b = static_cast<const uint32_t*>(g.b);
   const auto part = [=](int64_t panel, int64_t s, int64_t) { return b + (panel * steps + s) * kPanel; };
   for (int64_t row = row0; row < row1; row += block) {
     const Operands o{static_cast<const char*>(g.a) + row * row_bytes, row_bytes, b, steps};
-    multiply_block<Dot>(g, o, part, done, sums, row, smaller(row1 - row, block), panel0, panel1);
+    multiply_block<Dot>(g, o, part, done, sums.data(), row, smaller(row1 - row, block), panel0, panel1);
   }
 }
 

@@ -13,24 +13,17 @@ LocalEncoder::LocalEncoder(Dtype dtype, Grid grid, const LocalEncodingWeights& w
     : dtype_(dtype),
       grid_(grid),
       weights_(weights),
-      band_(band),
       depth_(padded_k(dtype, weights.r)),
       hidden_(grid.frames * band * grid.w * weights.r * size_of(dtype)),
       mixed_(grid.frames * band * grid.w * depth_ * size_of(dtype)),
-      x1_(2 * grid.frames * band * grid.w * weights.c * size_of(dtype)) {}
-
-char* LocalEncoder::x1_row(int64_t frame, int64_t i) const {
-  const int64_t rows = std::min(band_, grid_.h - i / band_ * band_);
-  const int64_t row = i / band_ % 2 * grid_.frames * band_ + frame * rows + i % band_;
-  return x1_.data() + row * grid_.w * weights_.c * size_of(dtype_);
-}
+      x1_(grid, band, grid.w * weights.c * size_of(dtype)) {}
 
 void LocalEncoder::expand(int64_t i0, int64_t rows, const void* const* x0) {
   const int64_t tokens = rows * grid_.w, c = weights_.c, r = weights_.r;
   const Temporal over_time{dtype_, hidden_.data(),     mixed_.data(),     r, depth_, grid_.frames, tokens,
                            r,      weights_.time_taps, weights_.time_bias};
   parallel_for(tokens, [&](int64_t first, int64_t last) { kernels().temporal(over_time, first, last); });
-  Gemm g{mixed_.data(), depth_, weights_.expand, r, c, x1_row(0, i0), c};
+  Gemm g{mixed_.data(), depth_, weights_.expand, r, c, x1_.row(0, i0), c};
   g.bias = weights_.expand_bias;
   g.ldr = c;
   // Frames that follow one another in x0 too, as the tower's do, are one product.
@@ -56,7 +49,7 @@ void LocalEncoder::convolve(int64_t i0, int64_t i1, void* const* out) {
     std::vector<void*> output;
     for (int64_t i = i0 - 1; i <= i1; ++i)
       for (int64_t t = t0 - 1; t <= t0 + frames; ++t)
-        input.push_back(i >= 0 && i < grid_.h && t >= 0 && t < grid_.frames ? x1_row(t, i) : nullptr);
+        input.push_back(i >= 0 && i < grid_.h && t >= 0 && t < grid_.frames ? x1_.row(t, i) : nullptr);
     for (int64_t i = i0; i < i1; ++i)
       for (int64_t t = t0; t < t0 + frames; ++t) output.push_back(out[(i - i0) * grid_.frames + t]);
     const DepthwiseRows a{dtype_, input.data(),           output.data(),         rows, frames, grid_.w,

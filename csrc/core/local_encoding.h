@@ -3,8 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "bands.h"
 #include "gemm.h"
-#include "scratch.h"
 
 namespace panda {
 
@@ -16,10 +16,6 @@ struct LocalEncodingWeights {
   const float* expand_bias;    // [c]
   const float* position_taps;  // [27][c], the residual in the centre tap
   const float* position_bias;  // [c]
-};
-
-struct Grid {
-  int64_t frames, h, w;
 };
 
 // One clip, bands of `band` rows in order, each: fill hidden(), expand(), convolve().
@@ -40,13 +36,12 @@ class LocalEncoder {
   void convolve(int64_t i0, int64_t i1, void* const* out);
 
  private:
-  char* x1_row(int64_t frame, int64_t i) const;
-
   Dtype dtype_;
   Grid grid_;
   LocalEncodingWeights weights_;
-  int64_t band_, depth_;
-  Scratch<char> hidden_, mixed_, x1_;  // x1: two bands, [2][frames][band][w][c]
+  int64_t depth_;
+  Scratch<char> hidden_, mixed_;
+  TwoBands x1_;
 };
 
 }  // namespace panda

@@ -49,7 +49,6 @@ class Clip {
   void embed(int64_t i0, int64_t rows);
   void pool_clip(int64_t i0, int64_t i1);
   void downsample(int64_t i0, int64_t i1);
-  char* x0_row(int64_t frame, int64_t i) const;
   char* x2_row(int64_t frame, int64_t i) const;
   bool video() const { return weights_.squeeze != nullptr; }
 
@@ -57,7 +56,9 @@ class Clip {
   const TowerWeights& weights_;
   const Rectangle* rectangles_;
   const int64_t clip_, band_, depth_, row_bytes_;
-  Scratch<char> patches_, x0_, x2_;  // x0: two bands, [2][frames][band][w][c]; x2: [2 * band][frames][w][c]
+  Scratch<char> patches_;
+  TwoBands x0_;
+  Scratch<char> x2_;  // [2 * band][frames][w][c]: written a row late, so its rows are not a band's
   std::optional<LocalEncoder> encoder_;
   WindowPool windows_;
   const Pool pool_;
@@ -77,18 +78,12 @@ Clip::Clip(const Tower& tower, const TowerWeights& weights, const Rectangle* rec
       depth_(padded_k(tower.dtype, 3 * tower.pixels.patch * tower.pixels.patch)),
       row_bytes_(tower.grid.w * weights.windows.c * size_of(tower.dtype)),
       patches_(tower.grid.frames * band_ * tower.grid.w * depth_ * size_of(tower.dtype)),
-      x0_(2 * tower.grid.frames * band_ * row_bytes_),
+      x0_(tower.grid, band_, row_bytes_),
       x2_(weights.squeeze ? 2 * tower.grid.frames * band_ * row_bytes_ : 1),
       windows_(tower.dtype, weights.windows, most_windows(tower.grid, band_, weights.window)),
       pool_{tower.dtype, weights.clip_queries, weights.clip_heads, weights.windows.c, weights.eps},
       states_(weights.squeeze ? (band_ + 2) * pool_state_floats(pool_.n, pool_.c) : 1) {
   if (video()) encoder_.emplace(tower.dtype, tower.grid, weights.local, band_);
-}
-
-char* Clip::x0_row(int64_t frame, int64_t i) const {
-  const int64_t rows = std::min(band_, tower_.grid.h - i / band_ * band_);
-  const int64_t row = i / band_ % 2 * tower_.grid.frames * band_ + frame * rows + i % band_;
-  return x0_.data() + row * row_bytes_;
 }
 
 char* Clip::x2_row(int64_t frame, int64_t i) const {
@@ -105,7 +100,7 @@ void Clip::embed(int64_t i0, int64_t rows) {
     }
   });
   const int64_t k = 3 * tower_.pixels.patch * tower_.pixels.patch, c = weights_.windows.c;
-  product(tower_.dtype, {patches_.data(), depth_, weights_.embed, k, c, x0_row(0, i0), c}, tokens);
+  product(tower_.dtype, {patches_.data(), depth_, weights_.embed, k, c, x0_.row(0, i0), c}, tokens);
   if (!video()) return;
   const int64_t r = weights_.local.r;
   Gemm squeeze{patches_.data(), depth_, weights_.squeeze, k, r, encoder_->hidden(), r};
@@ -139,8 +134,8 @@ void Clip::downsample(int64_t i0, int64_t i1) {
       for (int64_t col = 0; col < r.cols; ++col) {
         for (int64_t j = 0; j < s * s; ++j) {
           const int64_t i = top + j / s, offset = (r.col0 + col * s + j % s) * token;
-          tokens.push_back((video() ? x2_row(frame, i) : x0_row(frame, i)) + offset);
-          if (video()) added.push_back(x0_row(frame, i) + offset);
+          tokens.push_back((video() ? x2_row(frame, i) : x0_.row(frame, i)) + offset);
+          if (video()) added.push_back(x0_.row(frame, i) + offset);
         }
         out.push_back(static_cast<char*>(tower_.tokens) + (r.row_start(row) + col) * token);
       }
@@ -160,7 +155,7 @@ void Clip::run() {
     int64_t ready = i0 + rows;
     if (video()) {
       std::vector<const void*> x0;
-      for (int64_t frame = 0; frame < grid.frames; ++frame) x0.push_back(x0_row(frame, i0));
+      for (int64_t frame = 0; frame < grid.frames; ++frame) x0.push_back(x0_.row(frame, i0));
       encoder_->expand(i0, rows, x0.data());
       ready = encoder_->ready(i0 + rows);
       std::vector<void*> x2;

@@ -12,6 +12,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from ..ops._autocast import is_autocasting
+
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
 
@@ -34,13 +36,20 @@ def can_fold(module: nn.Module) -> bool:
     return not (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()))
 
 
+def can_serve(module: nn.Module, x: Tensor) -> bool:
+    """Whether what is kept of the weights may serve a call on ``x``: besides :func:`can_fold`, no gradient of ``x`` is
+    wanted and no autocast would change its dtype."""
+    return not ((torch.is_grad_enabled() and x.requires_grad) or is_autocasting(x)) and can_fold(module)
+
+
 class Folded(Generic[M, T]):
     """``build(module)``, computed at the first :meth:`get` and again after any parameter or buffer has changed.
 
     A change is a tensor replaced (``.to``, ``load_state_dict(assign=True)``, a new ``Parameter``) or written in place
     (``load_state_dict``, ``copy_``): storage, address and torch's version counter are compared. Any optimizer's step
-    counts as a change. Torch does not count writes through ``.data``; call :meth:`clear` after them. Weights made in
-    inference mode have no counter, so what follows from them is never kept.
+    counts as a change, and so does another ``backend`` of a module that has one. Torch does not count writes through
+    ``.data``; call :meth:`clear` after them. Weights made in inference mode have no counter, so what follows from them
+    is never kept.
 
     Only for use where :func:`can_fold` holds. ``build`` runs without gradients and outside autocast; to pickle the
     module it must be a module-level function.
@@ -49,13 +58,13 @@ class Folded(Generic[M, T]):
     def __init__(self, module: M, build: Callable[[M], T]) -> None:
         self.module = module
         self.build = build
-        self._kept: tuple[tuple[int, list[tuple[int, int, int]]], list[StorageWeakRef], T] | None = None
+        self._kept: tuple[tuple[int, str | None, list[tuple[int, int, int]]], list[StorageWeakRef], T] | None = None
 
     def get(self) -> T:
         tensors = list(chain(self.module.parameters(), self.module.buffers()))
         if any(t.is_inference() for t in tensors):
             return self._build(tensors)
-        key = (_steps, [_identity(t) for t in tensors])
+        key = (_steps, getattr(self.module, "backend", None), [_identity(t) for t in tensors])
         if self._kept is None or self._kept[0] != key:
             # The weak references keep a freed storage's identity from being given to a new one.
             references = [StorageWeakRef(t.untyped_storage()) for t in tensors]

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends, checkpoint, ops
-from ..ops._autocast import is_autocasting
-from .folding import Folded, can_fold
+from .folding import Folded, can_serve
 
 
 class Projector(nn.Sequential):
@@ -27,17 +26,8 @@ class Projector(nn.Sequential):
                  dtype: torch.dtype | None = None) -> None:
         super().__init__(nn.Linear(dim, out_dim, device=device, dtype=dtype), nn.GELU(),
                          nn.Linear(out_dim, out_dim, device=device, dtype=dtype))
-        self._prepared = Folded(self, _prepare)
         self.backend = "auto"
-
-    @property
-    def backend(self) -> str:
-        return self._backend
-
-    @backend.setter
-    def backend(self, name: str) -> None:
-        self._backend = name
-        self._prepared.clear()  # what is prepared belongs to one backend
+        self._prepared = Folded(self, _prepare)
 
     def train(self, mode: bool = True) -> Projector:
         self._prepared.clear()
@@ -71,10 +61,9 @@ class Projector(nn.Sequential):
     def _can_prepare(self, x: Tensor) -> bool:
         """Inference on tokens that need no check by the op: packed weights can be kept from call to call."""
         weight = _weights(self)[0]
-        if is_autocasting(x) or x.dtype != weight.dtype or x.device != weight.device or not x.numel():
+        if x.dtype != weight.dtype or x.device != weight.device or not x.numel():
             return False
-        fits = x.ndim > 0 and x.shape[-1] == weight.shape[1]
-        return fits and not (torch.is_grad_enabled() and x.requires_grad) and can_fold(self)
+        return x.ndim > 0 and x.shape[-1] == weight.shape[1] and can_serve(self, x)
 
 
 def _weights(projector: Projector) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ from .. import backends, checkpoint, ops
 from ..checks import Checks
 from ..ops._rectangle_values import check_corners
 from ..rectangles import Rectangles
-from .folding import Folded, can_fold
+from .folding import Folded, can_fold, can_serve
 from .fsra import FSRA
 from .gstra import GSTRA
 from .lsd import LSD
@@ -109,7 +109,6 @@ class STAB(nn.Module):
     @backend.setter
     def backend(self, name: str) -> None:
         self._backend = name
-        self._streamed.clear()  # what is prepared belongs to one backend
         for part in (self.dec, self.local_attention, self.global_attention):
             part.backend = name
 
@@ -194,12 +193,9 @@ class STAB(nn.Module):
         return tokens
 
     def _can_stream(self, pixel_values: Tensor) -> bool:
-        """Streaming is for inference: no gradient even of the pixels, no batch statistics, no autocast."""
+        """Streaming is for inference, by running statistics."""
         norm: Any = self.lmhra1.pos_embed[0]
-        wants_gradient = torch.is_grad_enabled() and pixel_values.requires_grad
-        device = pixel_values.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        return not (norm.training or wants_gradient or autocast) and can_fold(self)
+        return not norm.training and can_serve(self, pixel_values)
 
     def _check_rectangles(self, pixel_values: Tensor, rectangles: Rectangles) -> None:
         """What the ops of the composed tower check themselves."""

@@ -1,0 +1,45 @@
+#include "scratch.h"
+
+#include <cstdlib>
+#include <new>
+#include <utility>
+
+namespace panda {
+
+namespace {
+
+// The blocks of a thread that wait for its next call: as many as the tower holds at once.
+struct Pool {
+  static constexpr int kBlocks = 24;
+  static constexpr size_t kPage = 4096;
+  ScratchBlock kept[kBlocks];
+
+  ~Pool() {
+    for (ScratchBlock& block : kept) std::free(block.data);
+  }
+};
+
+thread_local Pool pool;
+
+}  // namespace
+
+// The smallest kept block that is large enough, else a new one.
+ScratchBlock take_scratch(size_t bytes) {
+  ScratchBlock* best = nullptr;
+  for (ScratchBlock& block : pool.kept)
+    if (block.data && block.bytes >= bytes && (!best || block.bytes < best->bytes)) best = &block;
+  if (best) return std::exchange(*best, ScratchBlock{});
+  const size_t rounded = (bytes + Pool::kPage - 1) / Pool::kPage * Pool::kPage;
+  void* data = std::aligned_alloc(Pool::kPage, rounded);
+  if (!data && rounded) throw std::bad_alloc();
+  return {data, rounded};
+}
+
+// Keeps the largest blocks.
+void give_scratch(ScratchBlock given) {
+  for (ScratchBlock& block : pool.kept)
+    if (block.bytes < given.bytes) std::swap(block, given);
+  std::free(given.data);
+}
+
+}  // namespace panda
