@@ -133,6 +133,25 @@ PANDA_INLINE void fetch_share(const uint32_t* next, int64_t steps, int64_t tile,
   for (int64_t i = tile * share; i < (tile + 1) * share; ++i) __builtin_prefetch(next + i * kLine, 0, 2);
 }
 
+// Rows whose distance is a multiple of a page's size fall into the same set of the first-level cache, which has fewer
+// ways than a tile has rows. Such a block is copied once, its rows a line further apart.
+struct Aside {
+  static constexpr int64_t kPage = 4096, kLine = 64;
+
+  static bool needed(int64_t row_bytes) { return row_bytes % kPage == 0; }
+
+  Aside(const Operands& o, int64_t rows)
+      : stride(4 * smaller(o.steps, kDeep) + kLine), copy(needed(o.row_bytes) ? rows * stride : 0) {}
+
+  const char* take(const char* a, int64_t row_bytes, int64_t rows, int64_t bytes) const {
+    for (int64_t r = 0; r < rows; ++r) std::memcpy(copy.data() + r * stride, a + r * row_bytes, size_t(bytes));
+    return copy.data();
+  }
+
+  const int64_t stride;
+  const Scratch<char> copy;
+};
+
 // Rows [0, rows) of o.a, which are rows row0... of C, by panels [panel0, panel1); part(panel, step, steps) tells where
 // those steps of a panel are. Every kFlush steps of k all rows' sums go to the second-level sums [waiting panels][rows]
 // [32], so that the panel's kFlush steps stay in the first-level cache while the rows pass by.
@@ -141,10 +160,16 @@ static void multiply_block(const Gemm& g, const Operands& o, Part part, Finish d
                            int64_t rows, int64_t panel0, int64_t panel1) {
   const int64_t tiles = (rows + kRows - 1) / kRows;  // which share the rows evenly: no thin last one
   const int64_t waiting = o.steps > kDeep ? rows * kPanel : 0;
-  for (int64_t deep = 0; deep < o.steps; deep += kDeep)
+  const Aside aside(o, rows);
+  const bool copied = Aside::needed(o.row_bytes);
+  const int64_t row_bytes = copied ? aside.stride : o.row_bytes;
+  for (int64_t deep = 0; deep < o.steps; deep += kDeep) {
+    const int64_t end = smaller(deep + kDeep, o.steps);
+    const char* a = o.a + 4 * deep;
+    if (copied) a = aside.take(a, o.row_bytes, rows, 4 * (end - deep));
     for (int64_t panel = panel0; panel < panel1; ++panel)
-      for (int64_t s = deep; s < smaller(deep + kDeep, o.steps); s += kFlush) {
-        const int64_t steps = smaller(o.steps - s, kFlush);
+      for (int64_t s = deep; s < end; s += kFlush) {
+        const int64_t steps = smaller(end - s, kFlush);
         const uint32_t* b = part(panel, s, steps);
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t start = t * rows / tiles;
@@ -153,10 +178,11 @@ static void multiply_block(const Gemm& g, const Operands& o, Part part, Finish d
           const RegisterTile tile = register_tile_for<Dot>(height);
           if (o.b) fetch_share(b + steps * kPanel, steps, t, tiles);
           for (int j = 0; j < kPanel; j += kColumns)
-            tile(o.a + start * o.row_bytes + 4 * s, o.row_bytes, b + j, steps, sums + j, s == 0);
+            tile(a + start * row_bytes + 4 * (s - deep), row_bytes, b + j, steps, sums + j, s == 0);
           if (s + steps == o.steps) done(g, sums, row0 + start, height, panel);
         }
       }
+  }
 }
 
 // The product of operands that the register tile can read as they are.
