@@ -194,6 +194,15 @@ void assemble_tokens(const Tensor& y, const Tensor& f, const Tensor& split, cons
   panda::assemble_tokens(dtype_of(y), data(y), data(f), data(split), r, frames, window, c, out(tokens));
 }
 
+void linear(const Tensor& x, const Tensor& w, const Tensor& bias, bool quick_gelu, const std::optional<Tensor>& residual,
+            Tensor y) {
+  const panda::Dtype dtype = dtype_of(x);
+  const int64_t rows = x.size(0), matrices = x.size(1), k = x.size(2), n = y.size(2);
+  panda::linear({dtype, data(x), rows, matrices, k, n, packed(w, dtype, n, k, matrices), floats(bias, matrices * n),
+                 quick_gelu ? panda::Activation::quick_gelu : panda::Activation::none,
+                 residual ? data(*residual) : nullptr, out(y)});
+}
+
 void token_mlp(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, Tensor y) {
   const panda::Dtype dtype = dtype_of(x);
   const int64_t c = x.size(1), hidden = b1.numel(), n = b2.numel();
@@ -266,6 +275,7 @@ STABLE_TORCH_LIBRARY(panda_kernels_cpu, m) {
       "window_attention_pool(Tensor x, Tensor corners, Tensor[] weights, int heads, int window, float eps, "
       "Tensor(a!) y) -> ()");
   m.def("assemble_tokens(Tensor y, Tensor f, Tensor split, Tensor corners, int window, Tensor(a!) tokens) -> ()");
+  m.def("linear(Tensor x, Tensor w, Tensor bias, bool quick_gelu, Tensor? residual, Tensor(a!) y) -> ()");
   m.def("token_mlp(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor(a!) y) -> ()");
   m.def(
       "stab_tower(Tensor pixels, Tensor? present, Tensor normalise, Tensor corners, Tensor[] weights, int patch, "
@@ -287,6 +297,7 @@ STABLE_TORCH_LIBRARY_IMPL(panda_kernels_cpu, CPU, m) {
   m.impl("attention_pool", TORCH_BOX(&attention_pool));
   m.impl("window_attention_pool", TORCH_BOX(&window_attention_pool));
   m.impl("assemble_tokens", TORCH_BOX(&assemble_tokens));
+  m.impl("linear", TORCH_BOX(&linear));
   m.impl("token_mlp", TORCH_BOX(&token_mlp));
   m.impl("stab_tower", TORCH_BOX(&stab_tower));
 }

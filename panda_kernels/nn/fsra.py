@@ -58,6 +58,12 @@ class FSRA(nn.Module):
         z = ops.attention_pool(y, u, cu_seqlens=cu_windows, eps=kv[0].eps, backend=self.backend)
         return self.finish(query, z)
 
+    def value_weights(self) -> tuple[Tensor, ...]:
+        """Of :meth:`finish`: the values' norm, weight and bias (zeros here), the output's weight and bias."""
+        kv: Any = self.kv
+        norm, wv = kv[0], kv[1].weight.chunk(2)[1]
+        return norm.weight, norm.bias, wv, torch.zeros_like(norm.bias), self.proj.weight, self.proj.bias
+
     def finish(self, query: Tensor, z: Tensor) -> Tensor:
         """What follows the pooling: ``z [frames, num_heads, C]`` -> ``f [frames, C]``."""
         kv: Any = self.kv

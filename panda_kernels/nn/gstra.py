@@ -76,6 +76,17 @@ class GSTRA(nn.Module):
         z = ops.attention_pool(x, u, eps=self.ln_3.eps, backend=self.backend)
         return self.finish(query, z)
 
+    def value_weights(self) -> tuple[Tensor, ...]:
+        """Of :meth:`finish`: the values' norm, weight and bias, the output's weight and bias."""
+        wv, bv = self.attn.in_proj_weight.chunk(3)[2], self.attn.in_proj_bias.chunk(3)[2]
+        out = self.attn.out_proj
+        return self.ln_3.weight, self.ln_3.bias, wv, bv, out.weight, out.bias
+
+    def mlp_weights(self) -> tuple[Tensor, ...]:
+        """Of :meth:`finish`: the MLP's norm and its two layers."""
+        first, last = self.mlp.c_fc, self.mlp.c_proj
+        return self.ln_2.weight, self.ln_2.bias, first.weight, first.bias, last.weight, last.bias
+
     def finish(self, query: Tensor, z: Tensor) -> Tensor:
         """What follows the pooling: ``z [B, num_heads, C]`` -> ``g [B, C]``."""
         wv, bv = self.attn.in_proj_weight.chunk(3)[2], self.attn.in_proj_bias.chunk(3)[2]

@@ -182,15 +182,7 @@ class STAB(nn.Module):
             return None
         self._check_rectangles(pixel_values, rectangles)
         streamed = self._streamed.get()
-        tokens, clip_pooled, frame_pooled = server.run(streamed, pixel_values, rectangles.corners,
-                                                       rectangles.num_tokens, present)
-        dtype = self.split_embedding.dtype
-        f = self.global_attention.finish(self.class_embedding, frame_pooled.to(dtype))
-        if len(clip_pooled):
-            f = self._fuse(self.dec.finish(self.temporal_cls_token, clip_pooled.to(dtype)), f)
-        tokens = tokens.to(dtype)
-        tokens[rectangles.cu_seqlens(self.window)[:-1]] = f
-        return tokens
+        return server.run(streamed, pixel_values, rectangles, present).to(self.split_embedding.dtype)
 
     def _can_stream(self, pixel_values: Tensor) -> bool:
         """Streaming is for inference, by running statistics."""
@@ -257,12 +249,17 @@ def _streaming_backend(tower: STAB) -> Any:
 def _prepare_streamed(tower: STAB) -> Any:
     """The weights as the backend that streams the tower wants them."""
     norm: Any = tower.lmhra1.pos_embed[0]
-    fsra, lsd = tower.global_attention, tower.local_attention
+    fsra, gstra, lsd = tower.global_attention, tower.dec, tower.local_attention
+    fusion: Any = tower.proj
     return _streaming_backend(tower).prepare(
         tower.patch_embedding.weight,
         encoding_weights(tower.lmhra1, tower.dpe, batch_norm_affine(norm)),
-        tower.dec.fold(tower.temporal_cls_token),
+        gstra.fold(tower.temporal_cls_token),
         lsd.weights(),
         fsra.fold(tower.class_embedding),
         tower.split_embedding,
+        (tower.temporal_cls_token, *gstra.value_weights()),
+        gstra.mlp_weights(),
+        (tower.class_embedding, *fsra.value_weights()),
+        (tower.balance, fusion[0].weight, fusion[0].bias, fusion[2].weight, fusion[2].bias),
         num_heads=lsd.num_heads, window=tower.window, eps=lsd.eps)

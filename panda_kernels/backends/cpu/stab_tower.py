@@ -6,8 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import refusals  # noqa: F401
+from ...rectangles import Rectangles
+from . import class_tokens, refusals  # noqa: F401
 from ._arrays import compute_dtype, floats, kernels, pack
+from .class_tokens import FusionWeights, MLPWeights, ValueWeights
 from .local_encoding import fold_norm, streamed_weights
 from .patch_embed import normalisation, readable
 from .window_attention_pool import window_weights
@@ -17,6 +19,7 @@ class Streamed(NamedTuple):
     """Weights folded and packed, in the order of ``stab_tower`` in csrc/bindings.cpp, and the sizes they imply."""
 
     weights: list[Tensor]
+    class_tokens: class_tokens.ClassTokens
     dtype: torch.dtype
     channels: int
     patch: int
@@ -27,12 +30,14 @@ class Streamed(NamedTuple):
 
 
 def prepare(patch_weight: Tensor, local: tuple[Tensor, ...], clip_queries: Tensor, windows: tuple[Tensor, ...],
-            frame_queries: Tensor, split: Tensor, *, num_heads: int, window: int, eps: float) -> Streamed:
+            frame_queries: Tensor, split: Tensor, clip_values: tuple[Tensor, ...], mlp: tuple[Tensor, ...],
+            frame_values: tuple[Tensor, ...], fusion: tuple[Tensor, ...], *, num_heads: int, window: int,
+            eps: float) -> Streamed:
     """Fold and pack a tower.
 
     ``local`` are the arguments of ``local_encoding`` after x, ``windows`` those of ``window_attention_pool`` from
-    ``q_norm_weight`` to ``bp``; the queries are ``[n, C]``, folded. LSTE's first product is composed with the patch
-    embedding, so that one read of the pixels gives both.
+    ``q_norm_weight`` to ``bp``; the queries are ``[n, C]``, folded; the last four are those of ``class_tokens``. LSTE's
+    first product is composed with the patch embedding, so that one read of the pixels gives both.
     """
     dtype = compute_dtype(split.dtype)
     channels, _, patch, _ = patch_weight.shape
@@ -43,22 +48,21 @@ def prepare(patch_weight: Tensor, local: tuple[Tensor, ...], clip_queries: Tenso
     weights = [pack(embed, dtype), pack(composed, dtype), first_bias, *streamed_weights(dtype, *after),
                floats(clip_queries), *window_weights(dtype, *windows, num_heads=num_heads, scale=channels**-0.5),
                floats(frame_queries), split.to(dtype).contiguous()]
-    return Streamed(weights, dtype, channels, patch, w1.shape[0], num_heads, window, eps)
+    last = class_tokens.prepare(ValueWeights(*clip_values), MLPWeights(*mlp), ValueWeights(*frame_values),
+                                FusionWeights(*fusion), clip_heads=len(clip_queries), frame_heads=len(frame_queries),
+                                eps=eps)
+    return Streamed(weights, last, dtype, channels, patch, w1.shape[0], num_heads, window, eps)
 
 
-def run(tower: Streamed, pixels: Tensor, corners: Tensor, num_tokens: int,
-        present: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels ``[B, T, 3 or 4, H, W]`` and rectangles -> packed tokens, and what the two global poolings left.
-
-    The first token of each frame is not written: it is the caller's small products of the pooled ``[B, n, C]`` of the
-    clips (empty for images) and ``[B * T, n, C]`` of the frames, both float32.
-    """
+def run(tower: Streamed, pixels: Tensor, rectangles: Rectangles, present: Tensor | None) -> Tensor:
+    """Pixels ``[B, T, 3 or 4, H, W]`` -> packed tokens in the dtype of computation."""
     clips, frames = pixels.shape[:2]
     clip_queries, frame_queries = tower.weights[9], tower.weights[16]
-    tokens = torch.empty(num_tokens, tower.channels, dtype=tower.dtype)
+    tokens = torch.empty(rectangles.num_tokens, tower.channels, dtype=tower.dtype)
     clip_pooled = torch.empty(clips if frames > 1 else 0, *clip_queries.shape)
     frame_pooled = torch.empty(clips * frames, *frame_queries.shape)
     kernels.stab_tower(readable(pixels), None if present is None else present.contiguous(), normalisation(),
-                       corners.contiguous(), tower.weights, tower.patch, tower.reduced, tower.num_heads, tower.window,
-                       tower.eps, tokens, clip_pooled, frame_pooled)
-    return tokens, clip_pooled, frame_pooled
+                       rectangles.corners.contiguous(), tower.weights, tower.patch, tower.reduced, tower.num_heads,
+                       tower.window, tower.eps, tokens, clip_pooled, frame_pooled)
+    tokens[rectangles.cu_seqlens(tower.window)[:-1]] = class_tokens.run(tower.class_tokens, clip_pooled, frame_pooled)
+    return tokens
