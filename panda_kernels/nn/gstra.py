@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +85,8 @@ class GSTRA(nn.Module):
 
     def mlp_weights(self) -> tuple[Tensor, ...]:
         """Of :meth:`finish`: the MLP's norm and its two layers."""
-        first, last = self.mlp.c_fc, self.mlp.c_proj
+        first: Any = self.mlp.c_fc
+        last: Any = self.mlp.c_proj
         return self.ln_2.weight, self.ln_2.bias, first.weight, first.bias, last.weight, last.bias
 
     def finish(self, query: Tensor, z: Tensor) -> Tensor:
