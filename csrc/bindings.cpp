@@ -1,16 +1,20 @@
 // The CPU core as torch ops, through the LibTorch stable ABI: one binary for every torch from 2.11 and any Python 3.
-// Callers (panda_kernels/backends/cpu) allocate the results and pass contiguous tensors; dtypes and most sizes are
-// checked here once more; the rest is the callers' to get right.
+// Callers (panda_kernels/backends/cpu) allocate the results. Whatever would have the core read or write outside a
+// tensor is refused here.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <array>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "core/drivers.h"
+#include "core/pages.h"
 #include "core/parallel.h"
 #include "core/tier.h"
 #include "core/tower.h"
@@ -26,131 +30,177 @@ panda::Dtype dtype_of(const Tensor& t) {
   return t.scalar_type() == ScalarType::Float ? panda::Dtype::float32 : panda::Dtype::bfloat16;
 }
 
-const void* data(const Tensor& t) {
-  STD_TORCH_CHECK(t.is_contiguous(), "panda_kernels: a tensor is not contiguous");
+ScalarType type_of(panda::Dtype dtype) {
+  return dtype == panda::Dtype::float32 ? ScalarType::Float : ScalarType::BFloat16;
+}
+
+template <size_t dims>
+std::array<int64_t, dims> sizes(const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == int64_t(dims), "panda_kernels: expected ", dims, " dimensions, got ", t.dim());
+  std::array<int64_t, dims> all;
+  std::copy_n(t.sizes().begin(), dims, all.begin());
+  return all;
+}
+
+using Shape = std::initializer_list<int64_t>;
+
+template <class Sizes>
+std::string text(ScalarType type, const Sizes& sizes) {
+  std::string list;
+  for (int64_t size : sizes) list += (list.empty() ? "" : ", ") + std::to_string(size);
+  return std::string(torch::headeronly::toString(type)) + " [" + list + "]";
+}
+
+void expect(const Tensor& t, ScalarType type, Shape shape) {
+  const auto found = t.sizes();
+  STD_TORCH_CHECK(t.scalar_type() == type && std::equal(shape.begin(), shape.end(), found.begin(), found.end()),
+                  "panda_kernels: expected ", text(type, shape), ", got ", text(t.scalar_type(), found));
+  STD_TORCH_CHECK(t.is_contiguous(), "panda_kernels: a tensor ", text(type, shape), " is not contiguous");
+}
+
+const void* in(const Tensor& t, panda::Dtype dtype, Shape shape) {
+  expect(t, type_of(dtype), shape);
   return t.const_data_ptr();
 }
 
-void* out(const Tensor& t) {
-  STD_TORCH_CHECK(t.is_contiguous(), "panda_kernels: a result is not contiguous");
+void* out(const Tensor& t, panda::Dtype dtype, Shape shape) {
+  expect(t, type_of(dtype), shape);
+  panda::prefer_large_pages(t.mutable_data_ptr(), t.numel() * panda::size_of(dtype));
   return t.mutable_data_ptr();
 }
 
-const float* floats(const Tensor& t, int64_t count) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.numel() >= count, "panda_kernels: expected ", count,
-                  " float32 elements, got ", t.numel());
-  return static_cast<const float*>(data(t));
+const float* floats(const Tensor& t, Shape shape) {
+  return static_cast<const float*>(in(t, panda::Dtype::float32, shape));
 }
 
-const int64_t* integers(const Tensor& t, int64_t count) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.numel() >= count, "panda_kernels: expected ", count,
-                  " int64 elements, got ", t.numel());
-  return static_cast<const int64_t*>(data(t));
+float* floats_out(const Tensor& t, Shape shape) { return static_cast<float*>(out(t, panda::Dtype::float32, shape)); }
+
+const int64_t* integers(const Tensor& t, Shape shape) {
+  expect(t, ScalarType::Long, shape);
+  return static_cast<const int64_t*>(t.const_data_ptr());
 }
 
 const void* packed(const Tensor& t, panda::Dtype dtype, int64_t n, int64_t k, int64_t matrices = 1) {
-  STD_TORCH_CHECK(t.numel() >= matrices * panda::packed_bytes(dtype, n, k), "panda_kernels: a packed matrix of ", n,
-                  " x ", k, " is too small");
-  return data(t);
+  expect(t, ScalarType::Byte, {matrices * panda::packed_bytes(dtype, n, k)});
+  return t.const_data_ptr();
 }
 
-panda::Pixels pixels_of(const Tensor& x, const std::optional<Tensor>& present, int64_t patch, const Tensor& normalise) {
-  panda::Pixels p{};
-  p.type = x.scalar_type() == ScalarType::Byte    ? panda::PixelType::uint8
-           : x.scalar_type() == ScalarType::Float ? panda::PixelType::float32
-                                                  : panda::PixelType::bfloat16;
-  STD_TORCH_CHECK(p.type != panda::PixelType::bfloat16 || x.scalar_type() == ScalarType::BFloat16,
-                  "panda_kernels: pixels must be uint8, float32 or bfloat16");
-  STD_TORCH_CHECK(x.dim() == 5 && x.size(2) >= 3, "panda_kernels: pixels must be [B, T, 3 or more, H, W]");
+const Tensor* list(const std::vector<Tensor>& weights, size_t count) {
+  STD_TORCH_CHECK(weights.size() == count, "panda_kernels: expected ", count, " weights, got ", weights.size());
+  return weights.data();
+}
+
+panda::PixelType pixel_type(const Tensor& x) {
+  if (x.scalar_type() == ScalarType::Byte) return panda::PixelType::uint8;
+  return dtype_of(x) == panda::Dtype::float32 ? panda::PixelType::float32 : panda::PixelType::bfloat16;
+}
+
+// Pixels [B, T, 3 or more, H, W] of any strides and the grid of their patches.
+panda::Grid pixels_of(const Tensor& x, const std::optional<Tensor>& present, const Tensor& normalise, int64_t patch,
+                      panda::Pixels& p) {
+  const auto [clips, frames, planes, height, width] = sizes<5>(x);
+  STD_TORCH_CHECK(planes >= 3 && frames > 0 && patch > 0 && patch <= height && patch <= width,
+                  "panda_kernels: expected frames of at least 3 planes and one patch of ", patch);
+  p.type = pixel_type(x);
   p.data = x.const_data_ptr();
   p.batch_stride = x.stride(0);
   p.frame_stride = x.stride(1);
   p.channel_stride = x.stride(2);
   p.row_stride = x.stride(3);
   p.column_stride = x.stride(4);
-  p.frames = x.size(1);
+  p.frames = frames;
   p.patch = int(patch);
   if (present) {
-    STD_TORCH_CHECK(present->scalar_type() == ScalarType::Bool && present->numel() == x.size(0) * x.size(1),
-                    "panda_kernels: present must be bool [B, T]");
-    p.present = static_cast<const bool*>(data(*present));
+    expect(*present, ScalarType::Bool, {clips, frames});
+    p.present = static_cast<const bool*>(present->const_data_ptr());
   }
-  const float* scale_shift = floats(normalise, 6);
-  for (int i = 0; i < 3; ++i) {
-    p.scale[i] = scale_shift[i];
-    p.shift[i] = scale_shift[3 + i];
-  }
-  return p;
+  const float* scale_shift = floats(normalise, {6});
+  std::copy_n(scale_shift, 3, p.scale);
+  std::copy_n(scale_shift + 3, 3, p.shift);
+  return {frames, height / patch, width / patch};
 }
 
 void pack(const Tensor& w, int64_t matrices, bool transposed, Tensor to) {
   const panda::Dtype dtype = dtype_of(w);
-  const int64_t n = w.size(transposed ? 2 : 1), k = w.size(transposed ? 1 : 2);
-  STD_TORCH_CHECK(w.dim() == 3 && w.size(0) == matrices, "panda_kernels: weights to pack must be [matrices, n, k]");
+  const auto [found, rows, columns] = sizes<3>(w);
+  const int64_t n = transposed ? columns : rows, k = transposed ? rows : columns;
+  STD_TORCH_CHECK(found == matrices, "panda_kernels: expected ", matrices, " weights to pack, got ", found);
   packed(to, dtype, n, k, matrices);
   for (int64_t i = 0; i < matrices; ++i)
     panda::pack(dtype, dtype, static_cast<const char*>(w.const_data_ptr()) + i * w.stride(0) * panda::size_of(dtype),
                 w.stride(transposed ? 2 : 1), w.stride(transposed ? 1 : 2), n, k,
-                static_cast<char*>(out(to)) + i * panda::packed_bytes(dtype, n, k));
+                static_cast<char*>(to.mutable_data_ptr()) + i * panda::packed_bytes(dtype, n, k));
 }
 
 void depthwise_conv3d(const Tensor& x, const Tensor& taps, const std::optional<Tensor>& bias, int64_t kt, int64_t kh,
                       int64_t kw, Tensor y) {
-  const int64_t c = x.size(4);
-  panda::depthwise_conv3d({dtype_of(x), data(x), floats(taps, kt * kh * kw * c), bias ? floats(*bias, c) : nullptr,
-                           out(y), x.size(0), x.size(1), x.size(2), x.size(3), c, int(kt), int(kh), int(kw)});
+  const panda::Dtype dtype = dtype_of(x);
+  const auto [b, t, h, w, c] = sizes<5>(x);
+  STD_TORCH_CHECK(kt > 0 && kh > 0 && kw > 0, "panda_kernels: expected a kernel, got ", kt, " x ", kh, " x ", kw);
+  panda::depthwise_conv3d({dtype, in(x, dtype, {b, t, h, w, c}), floats(taps, {kt * kh * kw, c}),
+                           bias ? floats(*bias, {c}) : nullptr, out(y, dtype, {b, t, h, w, c}), b, t, h, w, c, int(kt),
+                           int(kh), int(kw)});
 }
 
 void patch_embed(const Tensor& pixels, const std::optional<Tensor>& present, const Tensor& normalise, int64_t patch,
                  const Tensor& weight, Tensor y) {
   const panda::Dtype dtype = dtype_of(y);
-  const int64_t c = y.size(4);
-  panda::patch_embed(dtype, pixels_of(pixels, present, patch, normalise), y.size(0) * y.size(1), y.size(2), y.size(3),
-                     packed(weight, dtype, c, 3 * patch * patch), c, out(y));
+  const int64_t c = sizes<5>(y)[4];
+  panda::Pixels p{};
+  const auto [frames, h, w] = pixels_of(pixels, present, normalise, patch, p);
+  const int64_t clips = pixels.size(0);
+  panda::patch_embed(dtype, p, clips * frames, h, w, packed(weight, dtype, c, 3 * patch * patch), c,
+                     out(y, dtype, {clips, frames, h, w, c}));
 }
 
 panda::LocalEncodingWeights local_weights(panda::Dtype dtype, int64_t c, int64_t r, const Tensor* w) {
   return {c,
           r,
-          floats(w[0], 3 * r),
-          floats(w[1], r),
+          floats(w[0], {3, r}),
+          floats(w[1], {r}),
           packed(w[2], dtype, c, r),
-          floats(w[3], c),
-          floats(w[4], 27 * c),
-          floats(w[5], c)};
+          floats(w[3], {c}),
+          floats(w[4], {27, c}),
+          floats(w[5], {c})};
 }
 
 // weights: squeeze, its bias, then those of local_weights().
 void local_encoding(const Tensor& x, const std::vector<Tensor>& weights, int64_t r, Tensor y) {
   const panda::Dtype dtype = dtype_of(x);
-  const int64_t c = x.size(4);
-  STD_TORCH_CHECK(weights.size() == 8, "panda_kernels: local_encoding takes 8 weights");
-  panda::local_encoding(dtype, x.size(0), {x.size(1), x.size(2), x.size(3)}, data(x), packed(weights[0], dtype, r, c),
-                        floats(weights[1], r), local_weights(dtype, c, r, weights.data() + 2), out(y));
+  const auto [clips, t, h, w, c] = sizes<5>(x);
+  const Tensor* all = list(weights, 8);
+  STD_TORCH_CHECK(t > 0 && w > 0, "panda_kernels: expected tokens, got ", text(x.scalar_type(), x.sizes()));
+  panda::local_encoding(dtype, clips, {t, h, w}, in(x, dtype, {clips, t, h, w, c}), packed(all[0], dtype, r, c),
+                        floats(all[1], {r}), local_weights(dtype, c, r, all + 2), out(y, dtype, {clips, t, h, w, c}));
 }
 
 void attention_pool(const Tensor& x, const Tensor& queries, const Tensor& offsets, double eps, Tensor z) {
-  const int64_t samples = offsets.numel() - 1, n = z.size(1), c = z.size(2);
+  const panda::Dtype dtype = dtype_of(x);
+  const auto [samples, n, c] = sizes<3>(z);
+  const int64_t* bounds = integers(offsets, {samples + 1});
+  STD_TORCH_CHECK(x.is_contiguous() && x.dim() > 0 && x.size(x.dim() - 1) == c && c > 0,
+                  "panda_kernels: expected contiguous tokens of ", c, " channels");
+  STD_TORCH_CHECK(bounds[0] >= 0 && std::is_sorted(bounds, bounds + samples + 1) && bounds[samples] <= x.numel() / c,
+                  "panda_kernels: cu_seqlens do not rise from 0 to at most ", x.numel() / c);
   const bool shared = queries.dim() == 2;
-  const int64_t* bounds = integers(offsets, 1);
-  STD_TORCH_CHECK(bounds[0] >= 0 && bounds[samples] * c <= x.numel(), "panda_kernels: cu_seqlens reach beyond x");
-  floats(z, samples * n * c);
-  panda::attention_pool({dtype_of(x), data(x), bounds, samples, floats(queries, (shared ? 1 : samples) * n * c),
-                         shared ? 0 : n * c, n, c, float(eps), static_cast<float*>(out(z))});
+  panda::attention_pool({dtype, x.const_data_ptr(), bounds, samples,
+                         shared ? floats(queries, {n, c}) : floats(queries, {samples, n, c}), shared ? 0 : n * c, n, c,
+                         float(eps), floats_out(z, {samples, n, c})});
 }
 
-panda::WindowPoolWeights window_weights(panda::Dtype dtype, int64_t c, int64_t heads, int64_t size, double eps,
+panda::WindowPoolWeights window_weights(panda::Dtype dtype, int64_t c, int64_t heads, int64_t window, double eps,
                                         const Tensor* w) {
+  STD_TORCH_CHECK(heads > 0 && c % heads == 0, "panda_kernels: ", heads, " heads do not divide ", c, " channels");
   return {c,
           heads,
-          size,
+          window * window,
           float(eps),
           packed(w[0], dtype, c, c),
-          floats(w[1], c),
+          floats(w[1], {c}),
           packed(w[2], dtype, c, c / heads, heads),
           packed(w[3], dtype, c / heads, c, heads),
           packed(w[4], dtype, c, c),
-          floats(w[5], c)};
+          floats(w[5], {c})};
 }
 
 struct Counts {
@@ -159,11 +209,15 @@ struct Counts {
 
 // What the rectangles hold, once each is known to fit the grid and a window.
 Counts count(const int64_t* corners, int64_t frames, int64_t h, int64_t w, int64_t window) {
+  STD_TORCH_CHECK(window > 0, "panda_kernels: expected a window, got ", window);
+  const auto fit = [window](int64_t first, int64_t end, int64_t side) {
+    return 0 <= first && first <= end && end <= side && end - first >= window;
+  };
   Counts counts{0, frames};
   for (int64_t i = 0; i < frames; ++i) {
     const int64_t* c = corners + i * 4;
-    STD_TORCH_CHECK(0 <= c[0] && c[0] + window <= c[1] && c[1] <= h && 0 <= c[2] && c[2] + window <= c[3] && c[3] <= w,
-                    "panda_kernels: the rectangle of frame ", i, " does not fit the grid or a window");
+    STD_TORCH_CHECK(fit(c[0], c[1], h) && fit(c[2], c[3], w), "panda_kernels: the rectangle of frame ", i,
+                    " does not fit the grid or a window");
     const int64_t rows = (c[1] - c[0]) / window, cols = (c[3] - c[2]) / window;
     counts.windows += rows * cols;
     counts.tokens += rows * (cols + 1);
@@ -171,81 +225,75 @@ Counts count(const int64_t* corners, int64_t frames, int64_t h, int64_t w, int64
   return counts;
 }
 
-void expect(const char* what, int64_t found, int64_t expected) {
-  STD_TORCH_CHECK(found == expected, "panda_kernels: the rectangles hold ", found, " ", what, ", expected ", expected);
-}
-
 void window_attention_pool(const Tensor& x, const Tensor& corners, const std::vector<Tensor>& weights, int64_t heads,
                            int64_t window, double eps, Tensor y) {
   const panda::Dtype dtype = dtype_of(x);
-  const int64_t frames = x.size(0), h = x.size(1), w = x.size(2), c = x.size(3);
-  STD_TORCH_CHECK(weights.size() == 6, "panda_kernels: window_attention_pool takes 6 weights");
-  expect("windows", count(integers(corners, 4 * frames), frames, h, w, window).windows, y.size(0));
-  panda::window_attention_pool(dtype, data(x), integers(corners, 4 * frames), frames, h, w, window,
-                               window_weights(dtype, c, heads, window * window, eps, weights.data()), out(y));
+  const auto [frames, h, w, c] = sizes<4>(x);
+  const int64_t* rectangles = integers(corners, {frames, 4});
+  void* to = out(y, dtype, {count(rectangles, frames, h, w, window).windows, c});
+  panda::window_attention_pool(dtype, in(x, dtype, {frames, h, w, c}), rectangles, frames, h, w, window,
+                               window_weights(dtype, c, heads, window, eps, list(weights, 6)), to);
 }
 
 void assemble_tokens(const Tensor& y, const Tensor& f, const Tensor& split, const Tensor& corners, int64_t window,
                      Tensor tokens) {
-  const int64_t frames = f.size(0), c = f.size(1), *r = integers(corners, 4 * frames);
-  const Counts counts = count(r, frames, INT64_MAX, INT64_MAX, window);
-  expect("windows", counts.windows, y.size(0));
-  expect("tokens", counts.tokens, tokens.size(0));
-  panda::assemble_tokens(dtype_of(y), data(y), data(f), data(split), r, frames, window, c, out(tokens));
+  constexpr int64_t kLargestSide = 1 << 20;  // the grid is not known here; beyond, the counts could overflow
+  const panda::Dtype dtype = dtype_of(y);
+  const auto [frames, c] = sizes<2>(f);
+  const int64_t* rectangles = integers(corners, {frames, 4});
+  const Counts counts = count(rectangles, frames, kLargestSide, kLargestSide, window);
+  panda::assemble_tokens(dtype, in(y, dtype, {counts.windows, c}), in(f, dtype, {frames, c}), in(split, dtype, {c}),
+                         rectangles, frames, window, c, out(tokens, dtype, {counts.tokens, c}));
 }
 
-void linear(const Tensor& x, const Tensor& w, const Tensor& bias, bool quick_gelu, const std::optional<Tensor>& residual,
-            Tensor y) {
-  const panda::Dtype dtype = dtype_of(x);
-  const int64_t rows = x.size(0), matrices = x.size(1), k = x.size(2), n = y.size(2);
-  panda::linear({dtype, data(x), rows, matrices, k, n, packed(w, dtype, n, k, matrices), floats(bias, matrices * n),
-                 quick_gelu ? panda::Activation::quick_gelu : panda::Activation::none,
-                 residual ? data(*residual) : nullptr, out(y)});
+void linear(const Tensor& x, const Tensor& w, const Tensor& bias, bool quick_gelu, Tensor y) {
+  const panda::Dtype dtype = dtype_of(w);
+  const int64_t rows = sizes<3>(x)[0];
+  const auto [matrices, n, k] = sizes<3>(w);
+  panda::linear({dtype, floats(x, {rows, matrices, k}), rows, matrices, k, n, in(w, dtype, {matrices, n, k}),
+                 floats(bias, {matrices * n}), quick_gelu, floats_out(y, {rows, matrices, n})});
 }
 
 void token_mlp(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, Tensor y) {
   const panda::Dtype dtype = dtype_of(x);
-  const int64_t c = x.size(1), hidden = b1.numel(), n = b2.numel();
-  panda::token_mlp({dtype, data(x), x.size(0), c, hidden, n, packed(w1, dtype, hidden, c), floats(b1, hidden),
-                    packed(w2, dtype, n, hidden), floats(b2, n), out(y)});
+  const auto [rows, c] = sizes<2>(x);
+  const int64_t hidden = b1.numel(), n = b2.numel();
+  panda::token_mlp({dtype, in(x, dtype, {rows, c}), rows, c, hidden, n, packed(w1, dtype, hidden, c),
+                    floats(b1, {hidden}), packed(w2, dtype, n, hidden), floats(b2, {n}), out(y, dtype, {rows, n})});
 }
 
 // weights: embedding; squeeze and its bias, the six of local_weights() and GSTRA's queries (any for images); the six of
 // window_weights(); FSRA's queries; the split token.
 void stab_tower(const Tensor& pixels, const std::optional<Tensor>& present, const Tensor& normalise,
-                const Tensor& corners, const std::vector<Tensor>& w, int64_t patch, int64_t r, int64_t heads,
+                const Tensor& corners, const std::vector<Tensor>& all, int64_t patch, int64_t r, int64_t heads,
                 int64_t window, double eps, Tensor tokens, Tensor clip_pooled, Tensor frame_pooled) {
-  STD_TORCH_CHECK(w.size() == 18, "panda_kernels: stab_tower takes 18 weights");
+  const Tensor* w = list(all, 18);
   const panda::Dtype dtype = dtype_of(tokens);
-  const int64_t c = tokens.size(1), k = 3 * patch * patch, frames = pixels.size(1);
+  const int64_t c = sizes<2>(tokens)[1], clips = sizes<5>(pixels)[0];
   panda::Tower tower{};
   tower.dtype = dtype;
-  tower.pixels = pixels_of(pixels, present, patch, normalise);
-  tower.clips = pixels.size(0);
-  tower.grid = {frames, pixels.size(3) / patch, pixels.size(4) / patch};
-  tower.corners = integers(corners, 4 * tower.clips * frames);
-  expect("tokens", count(tower.corners, tower.clips * frames, tower.grid.h, tower.grid.w, window).tokens,
-         tokens.size(0));
+  tower.grid = pixels_of(pixels, present, normalise, patch, tower.pixels);
+  tower.clips = clips;
+  const int64_t frames = clips * tower.grid.frames, k = 3 * patch * patch;
+  tower.corners = integers(corners, {frames, 4});
+  tower.tokens = out(tokens, dtype, {count(tower.corners, frames, tower.grid.h, tower.grid.w, window).tokens, c});
   panda::TowerWeights weights{};
   weights.embed = packed(w[0], dtype, c, k);
-  if (frames > 1) {
+  if (tower.grid.frames > 1) {
     weights.squeeze = packed(w[1], dtype, r, k);
-    weights.squeeze_bias = floats(w[2], r);
-    weights.local = local_weights(dtype, c, r, w.data() + 3);
-    weights.clip_heads = clip_pooled.size(1);
-    weights.clip_queries = floats(w[9], weights.clip_heads * c);
-    floats(clip_pooled, tower.clips * weights.clip_heads * c);
-    tower.clip_pooled = static_cast<float*>(out(clip_pooled));
+    weights.squeeze_bias = floats(w[2], {r});
+    weights.local = local_weights(dtype, c, r, w + 3);
+    weights.clip_heads = sizes<3>(clip_pooled)[1];
+    weights.clip_queries = floats(w[9], {weights.clip_heads, c});
+    tower.clip_pooled = floats_out(clip_pooled, {clips, weights.clip_heads, c});
   }
-  weights.windows = window_weights(dtype, c, heads, window * window, eps, w.data() + 10);
+  weights.windows = window_weights(dtype, c, heads, window, eps, w + 10);
   weights.window = window;
-  weights.frame_heads = frame_pooled.size(1);
-  weights.frame_queries = floats(w[16], weights.frame_heads * c);
-  floats(frame_pooled, tower.clips * frames * weights.frame_heads * c);
-  tower.frame_pooled = static_cast<float*>(out(frame_pooled));
-  weights.split = data(w[17]);
+  weights.frame_heads = sizes<3>(frame_pooled)[1];
+  weights.frame_queries = floats(w[16], {weights.frame_heads, c});
+  tower.frame_pooled = floats_out(frame_pooled, {frames, weights.frame_heads, c});
+  weights.split = in(w[17], dtype, {c});
   weights.eps = float(eps);
-  tower.tokens = out(tokens);
   panda::run_tower(tower, weights);
 }
 
@@ -275,7 +323,7 @@ STABLE_TORCH_LIBRARY(panda_kernels_cpu, m) {
       "window_attention_pool(Tensor x, Tensor corners, Tensor[] weights, int heads, int window, float eps, "
       "Tensor(a!) y) -> ()");
   m.def("assemble_tokens(Tensor y, Tensor f, Tensor split, Tensor corners, int window, Tensor(a!) tokens) -> ()");
-  m.def("linear(Tensor x, Tensor w, Tensor bias, bool quick_gelu, Tensor? residual, Tensor(a!) y) -> ()");
+  m.def("linear(Tensor x, Tensor w, Tensor bias, bool quick_gelu, Tensor(a!) y) -> ()");
   m.def("token_mlp(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor(a!) y) -> ()");
   m.def(
       "stab_tower(Tensor pixels, Tensor? present, Tensor normalise, Tensor corners, Tensor[] weights, int patch, "

@@ -10,10 +10,11 @@
 #include <cstdlib>
 #include <new>
 #include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
-#include "core/gemm.h"
+#include "core/drivers.h"
 #include "core/tier.h"
 
 namespace py = pybind11;
@@ -104,6 +105,88 @@ double time_gemm(const py::array& a, const py::array& packed, int64_t k, const p
   return *std::min_element(times.begin(), times.end());
 }
 
+// The drivers. Sizes come from the shapes of x and of the result; weights are as in drivers.h, None where it has null.
+
+const void* in(const py::object& x) {
+  if (x.is_none()) return nullptr;
+  const auto array = x.cast<py::array>();
+  if (!(array.flags() & py::array::c_style)) throw std::invalid_argument("expected a contiguous array");
+  return array.data();
+}
+
+void* out(const py::array& x) { return const_cast<void*>(in(x)); }
+const float* floats(const py::object& x) { return static_cast<const float*>(in(x)); }
+const int64_t* integers(const py::object& x) { return static_cast<const int64_t*>(in(x)); }
+
+Grid grid_of(const py::array& x) { return {x.shape(1), x.shape(2), x.shape(3)}; }
+
+void run_depthwise_conv3d(const py::array& x, const py::array& taps, const py::object& bias, int kt, int kh, int kw,
+                          const py::array& y) {
+  const auto [t, h, w] = grid_of(x);
+  depthwise_conv3d(
+      {dtype_of(x), in(x), floats(taps), floats(bias), out(y), x.shape(0), t, h, w, x.shape(4), kt, kh, kw});
+}
+
+// pixels [B, T, planes, H, W] of any strides.
+Pixels pixels_of(const py::array& x, const py::object& present, const py::array& normalise, int patch) {
+  const PixelType type = py::isinstance<py::array_t<uint8_t>>(x) ? PixelType::uint8
+                         : py::isinstance<py::array_t<float>>(x) ? PixelType::float32
+                                                                 : PixelType::bfloat16;
+  const auto stride = [&x](int i) { return x.strides(i) / x.itemsize(); };
+  Pixels p{type, x.data(), stride(0), stride(1), stride(2), stride(3), stride(4), x.shape(1), nullptr, patch, {}, {}};
+  p.present = static_cast<const bool*>(in(present));
+  std::copy_n(floats(normalise), 3, p.scale);
+  std::copy_n(floats(normalise) + 3, 3, p.shift);
+  return p;
+}
+
+void run_patch_embed(const py::array& pixels, const py::object& present, const py::array& normalise, int patch,
+                     const py::array& packed, const py::array& y) {
+  const auto [t, h, w] = grid_of(y);
+  patch_embed(dtype_of(y), pixels_of(pixels, present, normalise, patch), y.shape(0) * t, h, w, in(packed), y.shape(4),
+              out(y));
+}
+
+// weights: packed squeeze and its bias, then as in LocalEncodingWeights.
+void run_local_encoding(const py::array& x, const py::list& w, int64_t r, const py::array& y) {
+  const LocalEncodingWeights weights{x.shape(4),   r,           floats(w[2]), floats(w[3]), in(w[4]), floats(w[5]),
+                                     floats(w[6]), floats(w[7])};
+  local_encoding(dtype_of(x), x.shape(0), grid_of(x), in(x), in(w[0]), floats(w[1]), weights, out(y));
+}
+
+// queries [n, c], shared, or [samples, n, c].
+void run_attention_pool(const py::array& x, const py::array& queries, const py::array& offsets, float eps,
+                        const py::array& z) {
+  const int64_t samples = z.shape(0), n = z.shape(1), c = z.shape(2);
+  attention_pool({dtype_of(x), in(x), integers(offsets), samples, floats(queries), queries.ndim() == 2 ? 0 : n * c, n,
+                  c, eps, static_cast<float*>(out(z))});
+}
+
+// weights: as in WindowPoolWeights.
+void run_window_attention_pool(const py::array& x, const py::array& corners, const py::list& w, int64_t heads,
+                               int64_t window, float eps, const py::array& y) {
+  const WindowPoolWeights weights{x.shape(3),   heads,    window * window, eps,      in(w[0]),
+                                  floats(w[1]), in(w[2]), in(w[3]),        in(w[4]), floats(w[5])};
+  window_attention_pool(dtype_of(x), in(x), integers(corners), x.shape(0), x.shape(1), x.shape(2), window, weights,
+                        out(y));
+}
+
+void run_assemble_tokens(const py::array& y, const py::array& f, const py::array& split, const py::array& corners,
+                         int64_t window, const py::array& tokens) {
+  assemble_tokens(dtype_of(y), in(y), in(f), in(split), integers(corners), f.shape(0), window, f.shape(1), out(tokens));
+}
+
+void run_linear(const py::array& x, const py::array& w, const py::array& bias, bool quick_gelu, const py::array& y) {
+  linear({dtype_of(w), floats(x), x.shape(0), w.shape(0), w.shape(2), w.shape(1), in(w), floats(bias), quick_gelu,
+          static_cast<float*>(out(y))});
+}
+
+void run_token_mlp(const py::array& x, const py::array& w1, const py::array& b1, const py::array& w2,
+                   const py::array& b2, const py::array& y) {
+  token_mlp({dtype_of(x), in(x), x.shape(0), x.shape(1), b1.shape(0), y.shape(1), in(w1), floats(b1), in(w2),
+             floats(b2), out(y)});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(panda_core, m) {
@@ -119,4 +202,15 @@ PYBIND11_MODULE(panda_core, m) {
         "panel0"_a, "panel1"_a);
   m.def("time_gemm", &time_gemm, "a"_a, "packed"_a, "k"_a, "c"_a, "bias"_a, "gelu"_a, "residual"_a, "threads"_a,
         "repeats"_a);
+
+  m.def("aligned_bytes", &aligned_bytes, "bytes"_a);
+  m.def("depthwise_conv3d", &run_depthwise_conv3d, "x"_a, "taps"_a, "bias"_a, "kt"_a, "kh"_a, "kw"_a, "y"_a);
+  m.def("patch_embed", &run_patch_embed, "pixels"_a, "present"_a, "normalise"_a, "patch"_a, "packed"_a, "y"_a);
+  m.def("local_encoding", &run_local_encoding, "x"_a, "weights"_a, "r"_a, "y"_a);
+  m.def("attention_pool", &run_attention_pool, "x"_a, "queries"_a, "offsets"_a, "eps"_a, "z"_a);
+  m.def("window_attention_pool", &run_window_attention_pool, "x"_a, "corners"_a, "weights"_a, "heads"_a, "window"_a,
+        "eps"_a, "y"_a);
+  m.def("assemble_tokens", &run_assemble_tokens, "y"_a, "f"_a, "split"_a, "corners"_a, "window"_a, "tokens"_a);
+  m.def("linear", &run_linear, "x"_a, "w"_a, "bias"_a, "quick_gelu"_a, "y"_a);
+  m.def("token_mlp", &run_token_mlp, "x"_a, "w1"_a, "b1"_a, "w2"_a, "b2"_a, "y"_a);
 }

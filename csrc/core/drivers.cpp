@@ -150,22 +150,7 @@ void assemble_tokens(Dtype dtype, const void* y, const void* f, const void* spli
 }
 
 void linear(const Linear& a) {
-  const int64_t size = size_of(a.dtype);
-  const ProductRows input(a.dtype, a.rows, a.k);
-  for (int64_t m = 0; m < a.matrices; ++m) {
-    Gemm g{input.get(static_cast<const char*>(a.x) + m * a.k * size, a.matrices * a.k, a.rows),
-           input.stride(a.matrices * a.k),
-           static_cast<const char*>(a.w) + m * packed_bytes(a.dtype, a.n, a.k),
-           a.k,
-           a.n,
-           static_cast<char*>(a.out) + m * a.n * size,
-           a.matrices * a.n};
-    g.bias = a.bias + m * a.n;
-    g.activation = a.activation;
-    if (a.residual) g.residual = static_cast<const char*>(a.residual) + m * a.n * size;
-    g.ldr = g.ldc;
-    product(a.dtype, g, a.rows);
-  }
+  parallel_for(linear_items(a), [&](int64_t first, int64_t last) { kernels().linear(a, first, last); });
 }
 
 void token_mlp(const TokenMlp& a) {

@@ -5,6 +5,7 @@
 
 #include "depthwise.h"
 #include "gemm.h"
+#include "linear.h"
 #include "local_encoding.h"
 #include "patches.h"
 #include "window_pool.h"
@@ -42,17 +43,6 @@ void window_attention_pool(Dtype, const void* x, const int64_t* corners, int64_t
 void assemble_tokens(Dtype, const void* y, const void* f, const void* split, const int64_t* corners, int64_t frames,
                      int64_t window, int64_t c, void* tokens);
 
-// out [rows][m][n] = activation(x[rows][m][k] w[m]^T + bias[m]) + residual, for `matrices` packed [n, k] each.
-struct Linear {
-  Dtype dtype;
-  const void* x;
-  int64_t rows, matrices, k, n;
-  const void* w;
-  const float* bias;  // [matrices][n]
-  Activation activation;
-  const void* residual;  // as out, or null
-  void* out;
-};
 void linear(const Linear&);
 
 // out [rows][n] = gelu(x w1^T + b1) w2^T + b2; w1 packed [hidden, c], w2 packed [n, hidden].

@@ -8,7 +8,7 @@
 
 namespace panda {
 
-enum class Activation { none, gelu_erf, quick_gelu };
+enum class Activation { none, gelu_erf };
 
 // Packed weights are panels of 32 columns of C, padded with zero columns:
 //   float32   [panels][k][32]

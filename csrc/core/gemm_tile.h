@@ -22,7 +22,6 @@ template <class C, class Read, class R>
 PANDA_INLINE vf finish_vector(const Gemm& g, vf sum, const R* residual, Read read) {
   constexpr Precision precision = sizeof(C) == 2 ? Precision::half : Precision::full;
   if (g.activation == Activation::gelu_erf) sum = gelu_erf<precision>(sum);
-  if (g.activation == Activation::quick_gelu) sum = quick_gelu<precision>(sum);
   return residual ? sum + read(residual) : sum;
 }
 

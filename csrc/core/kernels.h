@@ -4,6 +4,7 @@
 
 #include "depthwise.h"
 #include "gemm.h"
+#include "linear.h"
 #include "patches.h"
 #include "pooling.h"
 #include "temporal.h"

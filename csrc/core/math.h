@@ -57,13 +57,4 @@ PANDA_INLINE vf gelu_erf(vf x) {
   return x * (x < vf{} ? tail : splat(1.0f) - tail);
 }
 
-// x sigmoid(1.702 x), the sigmoid computed from exp(-|1.702 x|), which cannot overflow.
-template <Precision precision = Precision::full>
-PANDA_INLINE vf quick_gelu(vf x) {
-  constexpr float kScale = 1.702f * 1.44269504f;  // to powers of 2
-  const vf magnitude = bits_to_float(float_to_bits(x) & 0x7fffffffu);
-  const vf power = exp2_nonpositive<precision>(magnitude * splat(-kScale));
-  return x * (x < vf{} ? power : splat(1.0f)) / (splat(1.0f) + power);
-}
-
 }  // namespace panda::PANDA_TIER

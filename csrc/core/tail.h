@@ -63,19 +63,34 @@ struct Moments {
   float mean, rstd;
 };
 
+// `v` in the lanes a row has, zero in those it lacks.
+PANDA_INLINE vf only(vf v, Whole) { return v; }
+PANDA_INLINE vf only(vf v, Tail tail) {
+  for (int k = tail.count; k < kLanes; ++k) v[k] = 0.0f;
+  return v;
+}
+
+// sum = f(i, lanes, sum) over a row, in four chains: one would wait for each addition before it.
+template <class F>
+PANDA_INLINE float sum_row(int64_t c, const F& f) {
+  vf sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= c; i += 4 * kLanes)
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) sums[k] = f(i + k * kLanes, Whole{}, sums[k]);
+  over_row(c - i, [&](int64_t rest, auto lanes) { sums[0] = f(i + rest, lanes, sums[0]); });
+  return hsum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
 template <class T>
 PANDA_INLINE Moments moments(const T* x, int64_t c, float eps) {
-  vf sum{}, second{};
-  over_row(c, [&](int64_t i, auto lanes) { sum += load(x + i, lanes); });
-  const float mean = hsum(sum) / float(c);
-  int64_t i = 0;
-  for (; i + kLanes <= c; i += kLanes) {
-    const vf d = load(x + i) - mean;
-    second = fma(d, d, second);
-  }
-  float variance = hsum(second);
-  for (; i < c; ++i) variance += (to_float(x[i]) - mean) * (to_float(x[i]) - mean);
-  return {mean, 1.0f / __builtin_sqrtf(variance / float(c) + eps)};
+  const float mean = sum_row(c, [&](int64_t i, auto lanes, vf sum) { return sum + load(x + i, lanes); }) / float(c);
+  const vf centre = splat(mean);
+  const float second = sum_row(c, [&](int64_t i, auto lanes, vf sum) {
+    const vf d = load(x + i, lanes) - only(centre, lanes);
+    return fma(d, d, sum);
+  });
+  return {mean, 1.0f / __builtin_sqrtf(second / float(c) + eps)};
 }
 
 }  // namespace panda::PANDA_TIER

@@ -20,6 +20,13 @@ def floats(x: Tensor) -> Tensor:
     return x.float().contiguous()
 
 
+def fold_norm(scale: Tensor, shift: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A product ``[n, k]`` with the affine of the norm before it: its weight and what it adds, float32."""
+    precise = weight.double()
+    added = precise @ shift.double()
+    return (precise * scale.double()).float(), added.float()
+
+
 def pack(weight: Tensor, dtype: torch.dtype, *, transposed: bool = False) -> Tensor:
     """One weight ``[n, k]``, or a stack of them, laid out for the products; ``transposed`` packs ``[k, n]``."""
     stack = weight.to(dtype)

@@ -1,6 +1,7 @@
 """From what the two global poolings left to each frame's class token: a handful of rows through small products.
 
-They are products of the core's, whose bits depend neither on the number of threads nor on the other rows.
+They are the core's own, whose bits depend neither on the number of threads nor on the other rows; torch's products
+and its sigmoid do.
 """
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._arrays import compute_dtype, floats, kernels, pack
+from ._arrays import array, floats, kernels
 
 
 class ValueWeights(NamedTuple):
@@ -47,70 +48,75 @@ class FusionWeights(NamedTuple):
 
 
 class _Linear(NamedTuple):
-    packed: Tensor
-    bias: Tensor
-    dtype: torch.dtype
+    """A stack of weights ``[m, n, k]`` as they lie in the module, and their bias ``[m * n]``."""
 
-    def __call__(self, x: Tensor, *, quick_gelu: bool = False, residual: Tensor | None = None) -> Tensor:
-        """``x [rows, k]``, or ``[rows, n, k]`` for a stack of n weights, to ``[rows, outputs of all]``."""
-        x = x.to(self.dtype)
-        x = x[:, None] if x.ndim == 2 else x
-        y = torch.empty(*x.shape[:2], len(self.bias) // x.shape[1], dtype=self.dtype)
-        kernels.linear(x.contiguous(), self.packed, self.bias, quick_gelu, residual, y)
+    w: Tensor
+    bias: Tensor
+
+    def __call__(self, x: Tensor, *, quick_gelu: bool = False) -> Tensor:
+        """float32 ``x [rows, m, k]``, or ``[rows, k]`` for one matrix, to ``[rows, m * n]``."""
+        y = torch.empty(len(x), *self.w.shape[:2])
+        kernels.linear(x.view(len(x), len(self.w), -1), self.w, self.bias, quick_gelu, y)
         return y.flatten(1)
 
 
+class _Affine(NamedTuple):
+    """Of a norm."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+class _Values(NamedTuple):
+    norm: _Affine
+    heads: _Linear
+    out: _Linear
+
+
 class ClassTokens(NamedTuple):
-    clip_values: tuple[_Linear, _Linear]
+    clip_values: _Values
+    mlp_norm: _Affine
     mlp: tuple[_Linear, _Linear]
-    frame_values: tuple[_Linear, _Linear]
+    frame_values: _Values
     share: Tensor
+    fusion_norm: _Affine
     fusion: _Linear
     eps: float
 
 
 def prepare(clip: ValueWeights, mlp: MLPWeights, frame: ValueWeights, fusion: FusionWeights, *, clip_heads: int,
             frame_heads: int, eps: float) -> ClassTokens:
-    """Fold the norms' affines into the products behind them, and pack those."""
-    dtype = compute_dtype(fusion.w.dtype)
-    return ClassTokens(
-        _values(clip, dtype, clip_heads),
-        (_behind_norm(*mlp[:4], dtype=dtype), _Linear(pack(mlp.w2, dtype), floats(mlp.b2), dtype)),
-        _values(frame, dtype, frame_heads),
-        torch.sigmoid(fusion.balance.float()),
-        _behind_norm(*fusion[1:], dtype=dtype), eps)
+    """Matrices by reference, where the backend computes in their dtype, and vectors in float32."""
+    return ClassTokens(_values(clip, clip_heads), _Affine(floats(mlp.norm_weight), floats(mlp.norm_bias)),
+                       (_linear(mlp.w1, mlp.b1), _linear(mlp.w2, mlp.b2)), _values(frame, frame_heads),
+                       torch.sigmoid(floats(fusion.balance)),
+                       _Affine(floats(fusion.norm_weight), floats(fusion.norm_bias)), _linear(fusion.w, fusion.b), eps)
 
 
-def _behind_norm(norm_weight: Tensor, norm_bias: Tensor, w: Tensor, b: Tensor, *, dtype: torch.dtype,
-                 heads: int = 1) -> _Linear:
-    precise = w.double()
-    bias = precise @ norm_bias.double() + b.double()
-    return _Linear(pack((precise * norm_weight.double()).unflatten(0, (heads, -1)), dtype), floats(bias), dtype)
+def _linear(w: Tensor, b: Tensor) -> _Linear:
+    return _Linear(array(w if w.ndim == 3 else w[None]), floats(b))
 
 
-def _values(w: ValueWeights, dtype: torch.dtype, heads: int) -> tuple[_Linear, _Linear]:
+def _values(w: ValueWeights, heads: int) -> _Values:
     """To the pooled tokens of each head, and from them all to the query's update, the query in the bias."""
-    out = _Linear(pack(w.wp, dtype), (w.query.double().flatten() + w.bp.double()).float(), dtype)
-    return _behind_norm(w.norm_weight, w.norm_bias, w.wv, w.bv, dtype=dtype, heads=heads), out
+    query = w.query.flatten().float() + w.bp.float()
+    return _Values(_Affine(floats(w.norm_weight), floats(w.norm_bias)),
+                   _linear(w.wv.unflatten(0, (heads, -1)), w.bv), _linear(w.wp, query))
 
 
 def run(weights: ClassTokens, clip_pooled: Tensor, frame_pooled: Tensor) -> Tensor:
-    """``[B, n, C]`` of the clips (empty for images) and ``[B * T, n, C]`` of the frames -> ``[B * T, C]``."""
-    f = _through(weights.frame_values, frame_pooled)
+    """float32 ``[B, n, C]`` of the clips (empty for images), ``[B * T, n, C]`` of the frames -> ``[B * T, C]``."""
+    f = _attended(weights.frame_values, frame_pooled)
     if not len(clip_pooled):
         return f
-    g = _through(weights.clip_values, clip_pooled)
+    g = _attended(weights.clip_values, clip_pooled)
     first, second = weights.mlp
-    g = second(first(_normalised(g, weights.eps), quick_gelu=True), residual=g)
-    frames = f.unflatten(0, (len(g), -1)).float()
-    fused = (1 - weights.share) * g.float()[:, None] + weights.share * frames
-    return weights.fusion(_normalised(fused.flatten(0, 1), weights.eps))
+    normalised = F.layer_norm(g, g.shape[1:], *weights.mlp_norm, weights.eps)
+    g = g + second(first(normalised, quick_gelu=True))
+    fused = (1 - weights.share) * g[:, None] + weights.share * f.unflatten(0, (len(g), -1))
+    return weights.fusion(F.layer_norm(fused.flatten(0, 1), f.shape[1:], *weights.fusion_norm, weights.eps))
 
 
-def _through(layers: tuple[_Linear, _Linear], pooled: Tensor) -> Tensor:
-    first, second = layers
-    return second(first(pooled))
-
-
-def _normalised(x: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, x.shape[1:], eps=eps)
+def _attended(weights: _Values, pooled: Tensor) -> Tensor:
+    norm, heads, out = weights
+    return out(heads(pooled * norm.weight + norm.bias))

@@ -5,14 +5,7 @@ import torch
 from torch import Tensor
 
 from . import refusals  # noqa: F401
-from ._arrays import array, compute_dtype, floats, kernels, pack, tap_rows
-
-
-def fold_norm(norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tensor) -> tuple[Tensor, Tensor]:
-    """The first product with the norm's affine in it, float32: weight ``[R, C]`` and bias ``[R]``."""
-    precise = w1.double()
-    weight = precise * norm_scale.double()
-    return weight.float(), (precise @ norm_shift.double() + b1.double()).float()
+from ._arrays import array, compute_dtype, floats, fold_norm, kernels, pack, tap_rows
 
 
 def streamed_weights(dtype: torch.dtype, wt: Tensor, bt: Tensor, w2: Tensor, b2: Tensor, wd: Tensor,
@@ -26,7 +19,7 @@ def fwd(x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tenso
     dtype = compute_dtype(x.dtype)
     tokens = array(x)
     y = torch.empty_like(tokens)
-    weight, bias = fold_norm(norm_scale, norm_shift, w1, b1)
-    weights = [pack(weight, dtype), bias, *streamed_weights(dtype, wt, bt, w2, b2, wd, bd)]
+    weight, bias = fold_norm(norm_scale, norm_shift, w1)
+    weights = [pack(weight, dtype), bias + b1.float(), *streamed_weights(dtype, wt, bt, w2, b2, wd, bd)]
     kernels.local_encoding(tokens, weights, w1.shape[0], y)
     return y.to(x.dtype)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ...rectangles import Rectangles
 from . import class_tokens, refusals  # noqa: F401
-from ._arrays import compute_dtype, floats, kernels, pack
+from ._arrays import compute_dtype, floats, fold_norm, kernels, pack
 from .class_tokens import FusionWeights, MLPWeights, ValueWeights
-from .local_encoding import fold_norm, streamed_weights
+from .local_encoding import streamed_weights
 from .patch_embed import normalisation, readable
 from .window_attention_pool import window_weights
 
@@ -43,9 +43,9 @@ def prepare(patch_weight: Tensor, local: tuple[Tensor, ...], clip_queries: Tenso
     channels, _, patch, _ = patch_weight.shape
     embed = patch_weight.flatten(1)
     norm_scale, norm_shift, w1, b1, *after = local
-    first, first_bias = fold_norm(norm_scale, norm_shift, w1, b1)
+    first, first_bias = fold_norm(norm_scale, norm_shift, w1)
     composed = first.double() @ embed.double()
-    weights = [pack(embed, dtype), pack(composed, dtype), first_bias, *streamed_weights(dtype, *after),
+    weights = [pack(embed, dtype), pack(composed, dtype), first_bias + b1.float(), *streamed_weights(dtype, *after),
                floats(clip_queries), *window_weights(dtype, *windows, num_heads=num_heads, scale=channels**-0.5),
                floats(frame_queries), split.to(dtype).contiguous()]
     last = class_tokens.prepare(ValueWeights(*clip_values), MLPWeights(*mlp), ValueWeights(*frame_values),
@@ -64,5 +64,6 @@ def run(tower: Streamed, pixels: Tensor, rectangles: Rectangles, present: Tensor
     kernels.stab_tower(readable(pixels), None if present is None else present.contiguous(), normalisation(),
                        rectangles.corners.contiguous(), tower.weights, tower.patch, tower.reduced, tower.num_heads,
                        tower.window, tower.eps, tokens, clip_pooled, frame_pooled)
-    tokens[rectangles.cu_seqlens(tower.window)[:-1]] = class_tokens.run(tower.class_tokens, clip_pooled, frame_pooled)
+    last = class_tokens.run(tower.class_tokens, clip_pooled, frame_pooled)
+    tokens[rectangles.cu_seqlens(tower.window)[:-1]] = last.to(tower.dtype)
     return tokens

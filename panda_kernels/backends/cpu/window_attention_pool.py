@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from . import refusals  # noqa: F401
-from ._arrays import array, compute_dtype, floats, kernels, pack
+from ._arrays import array, compute_dtype, floats, fold_norm, kernels, pack
 
 
 def window_weights(dtype: torch.dtype, q_norm_weight: Tensor, q_norm_bias: Tensor, wq: Tensor, kv_norm_weight: Tensor,
@@ -16,15 +16,13 @@ def window_weights(dtype: torch.dtype, q_norm_weight: Tensor, q_norm_bias: Tenso
     The affine of the keys' norm leaves a constant on the logits, which softmax ignores; that of the values' norm goes
     through the projections into the output's bias.
     """
-    wq, wp = wq.double(), wp.double()
-    wk, wv = wkv.double().chunk(2)
-    query = wq * q_norm_weight.double() * scale
-    query_bias = wq @ q_norm_bias.double() * scale
-    keys = (wk * kv_norm_weight.double()).unflatten(0, (num_heads, -1))
-    values = (wv * kv_norm_weight.double()).unflatten(0, (num_heads, -1))
-    out_bias = bp.double() + wp @ (wv @ kv_norm_bias.double())
-    return [pack(query, dtype), floats(query_bias), pack(keys, dtype, transposed=True), pack(values, dtype),
-            pack(wp, dtype), floats(out_bias)]
+    wk, wv = wkv.chunk(2)
+    query, query_bias = fold_norm(scale * q_norm_weight.double(), scale * q_norm_bias.double(), wq)
+    keys, _ = fold_norm(kv_norm_weight, kv_norm_bias, wk)
+    values, values_bias = fold_norm(kv_norm_weight, kv_norm_bias, wv)
+    out_bias = bp.double() + wp.double() @ values_bias.double()
+    return [pack(query, dtype), query_bias, pack(keys.unflatten(0, (num_heads, -1)), dtype, transposed=True),
+            pack(values.unflatten(0, (num_heads, -1)), dtype), pack(wp, dtype), floats(out_bias)]
 
 
 def fwd(x: Tensor, corners: Tensor, num_windows: int, q_norm_weight: Tensor, q_norm_bias: Tensor, wq: Tensor,
