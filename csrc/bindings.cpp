@@ -123,6 +123,7 @@ panda::Grid pixels_of(const Tensor& x, const std::optional<Tensor>& present, con
 void pack(const Tensor& w, int64_t matrices, bool transposed, Tensor to) {
   const panda::Dtype dtype = dtype_of(w);
   const auto [found, rows, columns] = sizes<3>(w);
+  panda::prefer_large_pages(to.mutable_data_ptr(), to.numel());
   const int64_t n = transposed ? columns : rows, k = transposed ? rows : columns;
   STD_TORCH_CHECK(found == matrices, "panda_kernels: expected ", matrices, " weights to pack, got ", found);
   packed(to, dtype, n, k, matrices);

@@ -64,9 +64,10 @@ def expanded(t: Tensor) -> Tensor:
 
 
 def expanded_samples(t: Tensor) -> Tensor:
-    """The first sample for all. Packed tokens and matrices keep their values: equal ones would make the gradients
-    vanish but for rounding, and index tensors have to."""
-    return expanded(t) if t.ndim > 2 and (t.dtype.is_floating_point or t.dtype == torch.uint8) else t
+    """The first sample for all. Packed tokens, matrices and patch weights keep their values: equal ones would make the
+    gradients vanish but for rounding, or all outputs one number; index tensors have to."""
+    of_samples = t.ndim > 2 and not (t.ndim == 4 and t.shape[1] == 3)
+    return expanded(t) if of_samples and (t.dtype.is_floating_point or t.dtype == torch.uint8) else t
 
 
 Layout = Callable[[Tensor], Tensor]
