@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Kernels then run in Triton's interpreter, on CPU tensors. Triton reads it when it is first imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 LEFT_OUT = pytest.StashKey[int]()
 TESTS = Path(__file__).resolve().parent

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-NAMES = ("cpu", "torch")  # fastest first: the order in which "auto" asks
+NAMES = ("triton", "cpu", "torch")  # fastest first: the order in which "auto" asks
 log = logging.getLogger("panda_kernels")
 
 

@@ -1,0 +1,220 @@
+"""What compilers make of the kernels, on targets this machine need not have.
+
+    python -m panda_kernels.triton.resources FILE
+
+Runs every op that has a Triton backend, forward and backward, on meta tensors of the sizes it is benchmarked at, and
+compiles each different launch for each target. FILE becomes a table; a broken limit is an error.
+"""
+from __future__ import annotations
+
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, fields
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._launch import Launch, recorded
+
+PROCESSES = 2
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32",
+          torch.int64: "i64", torch.uint8: "u8", torch.bool: "i1"}
+
+
+@dataclass(frozen=True)
+class Target:
+    backend: str
+    arch: Any
+    warp_size: int
+    shared_memory: int  # the most that one program can have
+    tensor_core: str  # the instruction of a product
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 163 << 10, r"HMMA"),
+    "sm_90": Target("cuda", 90, 32, 227 << 10, r"HGMMA"),
+    "sm_100": Target("cuda", 100, 32, 227 << 10, r"UTC\w*MMA|HMMA"),  # small products have only the latter
+    "sm_120": Target("cuda", 120, 32, 99 << 10, r"HMMA"),
+    "gfx942": Target("hip", "gfx942", 64, 64 << 10, r"v_mfma"),
+}
+NO_SPILLS = ("sm_80", "sm_90", "sm_100")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel in one configuration on one target."""
+
+    kernel: str
+    dtype: str
+    constants: str
+    target: str
+    registers: int
+    spills: int
+    shared_memory: int
+    loads: int
+    wide_loads: int  # of 16 bytes, or whole blocks by the copy engine
+    product: str  # the instruction, or "missing", or "none" where the kernel has no product for tensor cores
+
+    def key(self) -> tuple[str, ...]:
+        """What every Triton version must agree on; counts move between versions."""
+        return self.kernel, self.dtype, self.constants, self.target, self.product
+
+    def violations(self) -> list[str]:
+        reasons = []
+        if self.spills and self.target in NO_SPILLS:
+            reasons.append(f"{self.spills} spills")
+        if self.shared_memory > TARGETS[self.target].shared_memory:
+            reasons.append(f"{self.shared_memory} bytes of shared memory")
+        if self.product == "missing":
+            reasons.append("a product without tensor cores")
+        if self.product == "none" and 2 * self.wide_loads < self.loads:
+            reasons.append(f"only {self.wide_loads} of {self.loads} loads have 16 bytes")
+        return [f"{' '.join(self.key()[:-1])}: {reason}" for reason in reasons]
+
+
+def launches() -> Iterator[Launch]:
+    """Every different launch of every op at its benchmark sizes, in float32 and bfloat16."""
+    from ..ops import SPECS
+
+    seen = set()
+    for op, spec in SPECS.items():
+        name = f"panda_kernels.backends.triton.{op}"
+        for sizes in spec.bench_sizes.values() if find_spec(name) else ():
+            for dtype in (torch.float32, torch.bfloat16):
+                inputs = [v.to("meta") if isinstance(v, Tensor) else v for v in spec.inputs(sizes, dtype).values()]
+                needs = [v.dtype.is_floating_point for v in inputs if isinstance(v, Tensor)]
+                with recorded() as found:
+                    import_module(name).bwd(import_module(name).fwd(*inputs), *inputs, needs=needs)
+                for launch in found:
+                    if (case := (launch.kernel, *_describe(launch))) not in seen:
+                        seen.add(case)
+                        yield launch
+
+
+def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], list[str]]:
+    """Triton's types of the arguments, the constants among them, and the pointers, which torch aligns to 16 bytes."""
+    types, constants, pointers = {}, {}, []
+    for parameter in launch.kernel.params:
+        name, value = parameter.name, launch.args[parameter.name]
+        if parameter.is_constexpr or value is None:
+            types[name], constants[name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            types[name] = f"*{DTYPES[value.dtype]}"
+            pointers.append(name)
+        else:
+            assert parameter.do_not_specialize, f"{launch.kernel.__name__}: {name} must be in do_not_specialize"
+            types[name] = "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
+    return types, constants, pointers
+
+
+def _describe(launch: Launch) -> tuple[str, str]:
+    """The dtype, and the constants of a launch: a flag by its name, what is off or absent not at all."""
+    types, constants, _ = _signature(launch)
+    shown = [k if v is True else f"{k}={v}" for k, v in constants.items() if v is not False and v is not None]
+    return next(t[1:] for t in types.values() if t[0] == "*"), " ".join([*shown, f"threads={launch.config.threads}"])
+
+
+def compile_for(launch: Launch, name: str) -> Row:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    target = TARGETS[name]
+    types, constants, pointers = _signature(launch)
+    index = {parameter: (i,) for i, parameter in enumerate(types)}
+    source = ASTSource(fn=launch.kernel, signature=types, constexprs={index[n]: v for n, v in constants.items()},
+                       attrs={index[n]: [["tt.divisibility", 16]] for n in pointers})
+    compiled = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp_size),
+                              options=launch.options(target.warp_size))
+    registers, spills, code = _nvidia(compiled) if target.backend == "cuda" else _amd(compiled)
+    loads = re.findall(r"^(?:LDG|UTMALDG|global_load_|buffer_load_)\S*", code, re.M)
+    wide = [load for load in loads if re.search(r"UTMALDG|\.128|dwordx4", load)]
+    found = re.search(rf"^({target.tensor_core})", code, re.M)
+    wanted = re.search(r"tt\.dot\w*\b.*(inputPrecision = tf32|x(bf|f)16>)", compiled.asm["ttir"])
+    product = found[1] if found else "missing" if wanted else "none"
+    kernel = f"{launch.kernel.fn.__module__.rpartition('.')[2]}.{launch.kernel.__name__}"
+    return Row(kernel, *_describe(launch), name, registers, spills, compiled.metadata.shared, len(loads), len(wide),
+               product)
+
+
+def _nvidia(compiled: Any) -> tuple[int, int, str]:
+    """Registers, spilling instructions, and the machine code, an instruction a line."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, listing = (subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True)
+                          .stdout for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c")))
+    code = re.sub(r"^\s*(?:/\*\w+\*/)?\s*(?:@!?U?P\w+\s+)?", "", listing, flags=re.M)
+    registers = re.search(r"\bREG:(\d+)", usage)
+    assert registers, usage
+    return int(registers[1]), len(re.findall(r"^(?:LDL|STL)\b", code, re.M)), code
+
+
+def _amd(compiled: Any) -> tuple[int, int, str]:
+    listing = compiled.asm["amdgcn"]
+    counts = dict(re.findall(r"\.(\w+_count):\s*(\d+)", listing))
+    spills = int(counts["vgpr_spill_count"]) + int(counts["sgpr_spill_count"])
+    return int(counts["vgpr_count"]), spills, re.sub(r"^\s+", "", listing, flags=re.M)
+
+
+def rows() -> list[Row]:
+    # Forked: a launch holds a kernel, which does not travel in any other way.
+    jobs = [(launch, target) for launch in launches() for target in TARGETS]
+    with multiprocessing.get_context("fork").Pool(PROCESSES, _work_on, (jobs,)) as pool:
+        return pool.map(_job, range(len(jobs)), chunksize=1)
+
+
+_jobs: list[tuple[Launch, str]] = []
+
+
+def _work_on(jobs: list[tuple[Launch, str]]) -> None:
+    _jobs[:] = jobs
+
+
+def _job(i: int) -> Row:
+    return compile_for(*_jobs[i])
+
+
+def render(table: list[Row], version: str) -> str:
+    """The table as a page; :func:`parse` reads it back."""
+    lines = ["# What the compilers make of the Triton kernels", "",
+             f"Written by `python -m panda_kernels.triton.resources docs/kernel_resources.md`, with Triton {version}.",
+             "Registers a thread, spilling instructions, bytes of shared memory, loads, those of 16 bytes, and the",
+             "instruction of a product. `tests/test_kernel_resources.py` holds each row to its limits, and compares",
+             "which rows there are and their product's instruction; numbers move between versions of Triton.", "",
+             "| " + " | ".join(f.name.replace("_", " ") for f in fields(Row)) + " |", "|" + "---|" * len(fields(Row))]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, astuple(row))) + " |" for row in table), ""])
+
+
+def parse(page: str) -> list[Row]:
+    lines = [line for line in page.splitlines() if line.startswith("|")][2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    types: list[Any] = [int if f.type == "int" else str for f in fields(Row)]
+    return [Row(*(of(cell) for of, cell in zip(types, line, strict=True))) for line in cells]
+
+
+def main(file: str) -> int:
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        sys.exit("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
+    table = rows()
+    Path(file).write_text(render(table, triton.__version__))
+    broken = [reason for row in table for reason in row.violations()]
+    print("\n".join(broken) or f"{len(table)} rows within their limits")
+    return bool(broken)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

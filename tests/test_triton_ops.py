@@ -1,0 +1,158 @@
+"""Every Triton op, forward and backward: compiled where there is a GPU, else in the repaired interpreter.
+
+What the op's schema adds around a backend is tested with the others; here its ``fwd`` and ``bwd`` are called.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from op_cases import OPS, assert_as_close_as_torch, cotangent, is_float, make
+from test_ops import LAYOUTS, SEVERAL, Layout, sample
+from torch import Tensor
+
+from panda_kernels.ops import SPECS
+from panda_kernels.spec import Inputs
+
+pytest.importorskip("triton")
+if not torch.cuda.is_available():
+    import triton_interpreter  # noqa: F401
+    from triton.runtime.interpreter import InterpreterBuilder
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PORTED = [op for op in OPS if find_spec(f"panda_kernels.backends.triton.{op}")]
+# Sizes that the specification's do not reach: several tiles along every axis, several tiles a program.
+MORE_SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    "depthwise_conv3d": {"tiles": {"shape": (5, 2, 5, 17, 8), "kernel": (1, 1, 3)},
+                         "channel_tiles": {"shape": (1, 1, 1, 2, 150), "kernel": (1, 1, 1)}},
+}
+CASES = [(op, case) for op in PORTED for case in (*SPECS[op].test_sizes, *MORE_SIZES.get(op, {}))]
+LAST = [(op, list(SPECS[op].test_sizes)[-1]) for op in PORTED]
+GUARD = 64  # elements: keeps a buffer's alignment
+
+
+def inputs_of(op: str, case: str, dtype: torch.dtype) -> Inputs:
+    if case not in MORE_SIZES.get(op, {}):
+        return make(op, case, dtype, DEVICE)
+    values = SPECS[op].inputs(MORE_SIZES[op][case], dtype)
+    return {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in values.items()}
+
+
+class Buffers:
+    """Memory that starts as NaN, in the middle of larger pieces that do too and that no kernel may touch."""
+
+    def __init__(self) -> None:
+        self.wholes: list[Tensor] = []
+
+    def like(self, t: Tensor) -> Tensor:
+        poison = torch.nan if is_float(t) else True if t.dtype == torch.bool else torch.iinfo(t.dtype).max
+        self.wholes.append(torch.full((t.numel() + 2 * GUARD,), poison, dtype=t.dtype, device=t.device))
+        return self.wholes[-1][GUARD:-GUARD].view(t.shape)
+
+    def inputs(self, inputs: Inputs) -> Inputs:
+        return {name: self.like(value).copy_(value) if isinstance(value, Tensor) else value
+                for name, value in inputs.items()}
+
+    def edges(self) -> Iterator[Tensor]:
+        for whole in self.wholes:
+            yield from (whole[:GUARD], whole[-GUARD:])
+
+    def check(self, addresses: Any) -> None:
+        for edge in self.edges():
+            begin, end = edge.data_ptr(), edge.data_ptr() + GUARD * edge.element_size()
+            assert not ((addresses >= begin) & (addresses < end)).any(), "a load from beside a buffer"
+
+
+@pytest.fixture(autouse=True)
+def buffers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Buffers]:
+    """Whatever a backend allocates or copies lies in such memory; the interpreter also tells what is only read."""
+    buffers = Buffers()
+
+    def allocate(original: Any, *args: Any, **kwargs: Any) -> Tensor:
+        t = original(*args, **kwargs)
+        return buffers.like(t) if t.numel() else t
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, partial(allocate, getattr(torch, name)))
+    copy = Tensor.contiguous
+    monkeypatch.setattr(Tensor, "contiguous", lambda t: buffers.like(t).copy_(copy(t)))
+    if DEVICE == "cpu":
+        load = InterpreterBuilder.create_masked_load
+
+        def checked_load(builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+            buffers.check(pointers.data[mask.data.astype(bool)])
+            return load(builder, pointers, mask, *rest)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_masked_load", checked_load)
+    yield buffers
+    assert all(edge.isnan().all() if is_float(edge) else (edge == edge[0]).all() for edge in buffers.edges())
+
+
+def run(op: str, inputs: Inputs, grad: Tensor | None = None, only: str | None = None) -> tuple[Tensor, dict[str, Any]]:
+    """The result, and by name the gradients of the floating inputs, or of the one named ``only``."""
+    module = import_module(f"panda_kernels.backends.triton.{op}")
+    y = module.fwd(*inputs.values())
+    tensors = [name for name, value in inputs.items() if isinstance(value, Tensor)]
+    needs = [is_float(inputs[name]) and only in (None, name) for name in tensors]
+    grads = module.bwd(cotangent(y) if grad is None else grad, *inputs.values(), needs=needs)
+    return y, {name: g for name, g, needed in zip(tensors, grads, needs, strict=True) if needed}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("op", "case"), CASES)
+def test_close_to_float64(op: str, case: str, dtype: torch.dtype, buffers: Buffers) -> None:
+    inputs = buffers.inputs(inputs_of(op, case, dtype))
+    y, grads = run(op, inputs)
+    assert any(y.data_ptr() == whole[GUARD:].data_ptr() for whole in buffers.wholes), "not from torch.empty[_like]"
+    assert y.dtype == dtype and y.is_contiguous()
+    assert all(grad.dtype == inputs[name].dtype and grad.shape == inputs[name].shape for name, grad in grads.items())
+    assert_as_close_as_torch(SPECS[op], (y, grads), inputs, dtype)
+
+
+@pytest.mark.parametrize(("op", "case"), LAST)
+def test_close_to_float64_in_float16(op: str, case: str, buffers: Buffers) -> None:
+    inputs = buffers.inputs(inputs_of(op, case, torch.float16))
+    assert_as_close_as_torch(SPECS[op], run(op, inputs), inputs, torch.float16)
+
+
+@pytest.mark.parametrize(("layout", "grad_layout"), LAYOUTS)
+@pytest.mark.parametrize(("op", "case"), LAST)
+def test_any_layout(op: str, case: str, layout: Layout, grad_layout: Layout) -> None:
+    inputs = {name: layout(value) if isinstance(value, Tensor) and value.dtype != torch.bool else value
+              for name, value in inputs_of(op, case, torch.float32).items()}
+    grad = grad_layout(cotangent(import_module(f"panda_kernels.backends.triton.{op}").fwd(*inputs.values())))
+    assert_as_close_as_torch(SPECS[op], run(op, inputs, grad), inputs, torch.float32, grad)
+
+
+@pytest.mark.parametrize(("op", "case"), LAST)
+def test_two_runs_give_the_same_bits_and_one_gradient_those_of_all(op: str, case: str) -> None:
+    inputs = inputs_of(op, case, torch.bfloat16)
+    y, grads = run(op, inputs)
+    for name, grad in grads.items():
+        again, alone = run(op, inputs, only=name)
+        assert torch.equal(again, y) and list(alone) == [name] and torch.equal(alone[name], grad)
+
+
+@pytest.mark.parametrize(("op", "case"), [(op, case) for op, case in SEVERAL if op in PORTED])
+def test_alone_or_beside_nan_the_same_bits(op: str, case: str) -> None:
+    inputs = inputs_of(op, case, torch.bfloat16)
+    changed, where, out = sample(op, inputs, 1)
+    batch = dict(inputs)
+    for name, own in where.items():
+        if is_float(inputs[name]):
+            batch[name] = torch.full_like(inputs[name], torch.nan)
+            batch[name][own] = inputs[name][own]
+    alone = inputs | {name: inputs[name][own] for name, own in where.items()} | changed
+    y, grads = run(op, batch)
+    grad = cotangent(y)
+    expected, expected_grads = run(op, {n: v.to(DEVICE) if isinstance(v, Tensor) else v for n, v in alone.items()},
+                                   grad[out])
+    assert torch.equal(y[out], expected)
+    for name, own in where.items():
+        if name in grads:
+            assert torch.equal(grads[name][own], expected_grads[name]), name
