@@ -464,8 +464,9 @@ def test_both_dropouts_are_active(where):
 def test_training_refuses_what_has_no_statistics():
     with pytest.raises(ValueError, match="more than one token"):
         LSTE(DIM)(torch.zeros(1, 1, 1, 1, DIM))
-    tower = nn.SyncBatchNorm.convert_sync_batchnorm(STAB(DIM))
-    with pytest.raises(TypeError, match=r"expected torch.nn.BatchNorm3d, got SyncBatchNorm"):
+    tower = STAB(DIM)
+    tower.lmhra1.pos_embed[0] = nn.InstanceNorm3d(DIM)
+    with pytest.raises(TypeError, match=r"expected torch.nn.BatchNorm3d or torch.nn.SyncBatchNorm, got InstanceNorm3d"):
         tower(pixels().float())
 
 

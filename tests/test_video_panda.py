@@ -191,7 +191,9 @@ def missing_parameter() -> nn.Module:
 
 
 def other_norm() -> nn.Module:
-    return nn.SyncBatchNorm.convert_sync_batchnorm(tower())
+    released = tower()
+    released.lmhra1.pos_embed[0] = nn.BatchNorm1d(DIM)
+    return released
 
 
 def two_head_counts() -> nn.Module:
@@ -200,12 +202,18 @@ def two_head_counts() -> nn.Module:
     return released
 
 
+def test_synchronised_statistics_are_taken_over():
+    model = Model(tower())
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert patch(model).report.replaced
+
+
 @pytest.mark.parametrize("build, reason", [
     (Incomplete, "has no patch_embedding, lmhra1, dpe, dec, local_attention, global_attention, class_embedding"),
     (wrong_shape, f"split_embedding is [{DIM + 1}], expected [{DIM}]"),
     (extra_parameter, "has dec.adapter.weight; has dec.adapter.bias"),
     (missing_parameter, "has no dpe.bias"),
-    (other_norm, "lmhra1.pos_embed.0 is SyncBatchNorm, expected BatchNorm3d"),
+    (other_norm, "lmhra1.pos_embed.0 is BatchNorm1d, expected BatchNorm3d"),
     (two_head_counts, "global_attention has 4 heads, local_attention 8"),
 ])
 def test_what_does_not_fit_is_left_alone_and_said(build, reason):

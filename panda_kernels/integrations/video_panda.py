@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..nn import STAB
+from ..nn.lste import NORMS
 from ..rectangles import Rectangles
 
 RELEASED = "VideoTokenizer"
@@ -178,12 +179,16 @@ def _replacement(released: nn.Module, backend: str) -> PandaTower | str:
     theirs = dict(released.named_modules())
     faults = [f"{name} is {type(theirs[name]).__name__}, expected {type(ours).__name__}"
               for name, ours in model.named_modules()
-              if type(ours).__module__.startswith("torch.") and type(theirs.get(name)) is not type(ours)]
+              if type(ours).__module__.startswith("torch.") and not _like(ours, theirs.get(name))]
     if faults:
         return "; ".join(faults)
     tower = PandaTower(released, options)
     tower.backend = backend
     return tower
+
+
+def _like(ours: nn.Module, theirs: nn.Module | None) -> bool:
+    return type(theirs) is type(ours) or (type(ours) in NORMS and type(theirs) in NORMS)
 
 
 def _options(released: Any) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import ops
 from ..checks import Checks
 
 Affine = tuple[Tensor, Tensor]
+NORMS = (nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class LocalMHRA(nn.Module):
@@ -53,18 +55,20 @@ def encoding_weights(mhra: LocalMHRA, dpe: nn.Conv3d, affine: Affine) -> tuple[T
             up.weight.flatten(1), up.bias, dpe.weight, _bias(dpe))
 
 
-def batch_norm_affine(norm: nn.BatchNorm3d, x: Tensor | None = None) -> Affine:
+def batch_norm_affine(norm: nn.BatchNorm3d | nn.SyncBatchNorm, x: Tensor | None = None) -> Affine:
     """BatchNorm as ``x * scale + shift``, both ``[C]`` and at least float32.
 
-    In training mode from the statistics of the tokens ``x [..., C]``, differentiable through them, and the running ones
-    are updated as torch updates them; otherwise from the running statistics.
+    In training mode from the statistics of the tokens ``x [..., C]``, for ``SyncBatchNorm`` of those of all processes,
+    differentiable through them, and the running ones are updated as torch updates them; otherwise from the running
+    statistics.
 
     Raises:
-        TypeError: a norm of another class, such as ``SyncBatchNorm``, whose statistics these would not be.
+        TypeError: a norm of another class, whose statistics these would not be.
         ValueError: training on a single token.
     """
-    if type(norm) is not nn.BatchNorm3d:
-        raise TypeError(f"LSTE: pos_embed.0: expected torch.nn.BatchNorm3d, got {type(norm).__name__}")
+    if type(norm) not in NORMS:
+        names = " or ".join(f"torch.nn.{kind.__name__}" for kind in NORMS)
+        raise TypeError(f"LSTE: pos_embed.0: expected {names}, got {type(norm).__name__}")
     dtype = torch.promote_types(norm.weight.dtype, torch.float32)
     if norm.training:
         if x is None:
@@ -73,7 +77,10 @@ def batch_norm_affine(norm: nn.BatchNorm3d, x: Tensor | None = None) -> Affine:
         if tokens.shape[0] < 2:
             raise ValueError("LSTE: x: expected more than one token to take batch statistics from, got 1")
         var, mean = torch.var_mean(tokens, 0, correction=0)
-        _update_running_statistics(norm, mean.detach(), var.detach(), tokens.shape[0])
+        count: int | Tensor = tokens.shape[0]
+        if isinstance(norm, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized():
+            mean, var, count = _over_processes(mean, var, tokens.shape[0], norm.process_group)
+        _update_running_statistics(norm, mean.detach(), var.detach(), count)
     else:
         assert norm.running_mean is not None and norm.running_var is not None
         mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
@@ -81,8 +88,21 @@ def batch_norm_affine(norm: nn.BatchNorm3d, x: Tensor | None = None) -> Affine:
     return scale, norm.bias.to(dtype) - mean * scale
 
 
+def _over_processes(mean: Tensor, var: Tensor, count: int, group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
+    """Mean, biased variance and number of the tokens of all processes, which may have different numbers of them."""
+    from torch.distributed.nn.functional import all_gather  # not in every build of torch
+
+    own = torch.stack([mean, var, torch.full_like(mean, count)])
+    means, variances, counts = torch.stack(all_gather(own, group or dist.group.WORLD)).unbind(1)
+    total = counts.sum(0)
+    mean = (counts * means).sum(0) / total
+    # Var[x] = E[Var[x | process]] + Var[E[x | process]], which subtracts no large numbers.
+    return mean, (counts * (variances + (means - mean).square())).sum(0) / total, total
+
+
 @torch.no_grad()
-def _update_running_statistics(norm: nn.BatchNorm3d, mean: Tensor, var: Tensor, count: int) -> None:
+def _update_running_statistics(norm: nn.BatchNorm3d | nn.SyncBatchNorm, mean: Tensor, var: Tensor,
+                               count: int | Tensor) -> None:
     assert norm.momentum is not None and norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(1)
     # What is stored is the unbiased variance, though the biased one normalises.
