@@ -23,8 +23,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_op(bench: Bench, spec: OpSpec, size: str, dtype: torch.dtype) -> None:
-    inputs = spec.inputs(spec.bench_sizes[size], dtype)
+def test_op(bench: Bench, spec: OpSpec, size: str, dtype: torch.dtype, device: str) -> None:
+    inputs = {name: value.to(device) if isinstance(value, Tensor) else value
+              for name, value in spec.inputs(spec.bench_sizes[size], dtype).items()}
     backend = next(name for name in backends.NAMES if not refusals(spec, name, inputs))
     ours = partial(public_op(spec), **inputs)
     peers: dict[str, Call] = {"reference": partial(spec.load_reference(), **inputs)}

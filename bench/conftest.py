@@ -25,6 +25,7 @@ FACTS = pytest.StashKey[dict[str, Any]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("panda_kernels benchmarks")
     group.addoption("--full", action="store_true", help="all sizes, more rounds, and torch.compile as a peer")
+    group.addoption("--device", default="cpu", help="cpu (the default) or cuda")
     group.addoption("--save", action="store_true", help="write bench/results/DATE_COMMIT.json")
 
 
@@ -47,8 +48,9 @@ def pytest_benchmark_generate_commit_info() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def run_facts(request: pytest.FixtureRequest) -> tuple[dict[str, Any], machine.Peaks]:
-    peaks = machine.measure_peaks()
-    request.config.stash[FACTS] = machine.facts(peaks)
+    device = request.config.getoption("device")
+    peaks = machine.measure_peaks(device)
+    request.config.stash[FACTS] = machine.facts(peaks, device)
     return request.config.stash[FACTS], peaks
 
 
@@ -56,6 +58,11 @@ def run_facts(request: pytest.FixtureRequest) -> tuple[dict[str, Any], machine.P
 def bench(benchmark: Any, request: pytest.FixtureRequest, run_facts: tuple[dict[str, Any], machine.Peaks]) -> Bench:
     facts, peaks = run_facts
     return Bench(benchmark, facts, peaks, seconds=3.0 if request.config.getoption("full") else 0.6)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    return request.config.getoption("device")
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +73,8 @@ def no_gradients() -> Any:
 
 def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
     facts = config.stash.get(FACTS, None)
-    rows = [{**row.extra_info, "seconds": row.stats.median} for row in config._benchmarksession.benchmarks]
+    rows = [{**row.extra_info, "seconds": row.stats.median}
+            for row in config._benchmarksession.benchmarks if row.stats.data]  # a row that failed has none
     if facts is None or not rows:
         return
     terminalreporter.section("panda_kernels")

@@ -39,22 +39,30 @@ class Peaks:
         return max(num_bytes / self.bandwidth(num_bytes), flops / self.gflop_s[dtype]) / 1e9
 
 
-def measure_peaks() -> Peaks:
-    """Takes a few seconds and, for the large copy, at most a quarter of the free memory."""
-    l3 = _l3_bytes()
-    large = min(max(256 * MIB, 2 * l3), _free_bytes() // 8)
+def measure_peaks(device: str) -> Peaks:
+    """Takes a few seconds and, for the large copy, at most a quarter of the free memory. On a GPU its L2 is the cache."""
+    cache = _l3_bytes() if device == "cpu" else torch.cuda.get_device_properties(device).L2_cache_size
+    large = min(max(256 * MIB, 2 * cache), (_free_bytes() if device == "cpu" else torch.cuda.mem_get_info()[0]) // 8)
     # Half of the cache, source and destination together; no more than the tower's own activations need.
-    small = min(l3 // 4, 16 * MIB)
-    rates = {str(dtype).removeprefix("torch."): _matrix_rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    return Peaks(_copy_rate(large, 4), _copy_rate(small, 50), l3, rates)
+    small = min(cache // 4, 16 * MIB)
+    with torch.device(device):
+        rates = {str(dtype).removeprefix("torch."): _matrix_rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
+        return Peaks(_copy_rate(large, 4), _copy_rate(small, 50), cache, rates)
 
 
-def facts(peaks: Peaks) -> dict[str, Any]:
+def finished(call: Callable[[], object]) -> None:
+    """``call``, and what it started on a GPU."""
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def facts(peaks: Peaks, device: str) -> dict[str, Any]:
     """What every row carries, flat or in small dicts of strings and numbers."""
     sections = info.collect()
     machine = {name: sections["machine"][name] for name in ("system", "cpu", "cpu flags", "torch isa")}
     return {
-        "device": machine["cpu"],
+        "device": machine["cpu"] if device == "cpu" else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
         "machine": machine,
         "isa": sections["extension"]["instructions"],
@@ -81,11 +89,11 @@ def commit() -> dict[str, Any]:
 
 
 def _best(call: Callable[[], object], tries: int) -> float:
-    call()
+    finished(call)
     seconds = []
     for _ in range(tries):
         start = time.perf_counter()
-        call()
+        finished(call)
         seconds.append(time.perf_counter() - start)
     return min(seconds)
 

@@ -5,13 +5,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from panda_kernels.spec import Cost
 
-from .machine import Peaks
+from .machine import Peaks, finished
 
 Call = Callable[[], object]
 
@@ -48,7 +49,7 @@ class Bench:
             raise WrongResult(f"{' '.join(labels.values())}: relative error {errors.ours:.2e} against float64, "
                               f"limit {errors.limit:.2e}; not timed")
         with torch.inference_mode():
-            samples = self._interleave(ours, peers)
+            samples = self._interleave(partial(finished, ours), peers)
         info = self.fixture.extra_info
         info.update(self.facts, **labels, bytes=cost.bytes, flops=cost.flops, error=errors.ours,
                     reference_error=errors.reference, error_limit=errors.limit)
@@ -87,7 +88,7 @@ class Bench:
 
 def _timed(call: Call) -> float:
     start = time.perf_counter()
-    call()
+    finished(call)
     return time.perf_counter() - start
 
 

@@ -1,4 +1,6 @@
-"""Peak memory of the tower above its weights: ``python -m bench.memory ours|reference DTYPE`` prints it in bytes.
+"""Peak memory of the tower above its weights, in bytes: ``python -m bench.memory ours|reference DTYPE PASS``.
+
+PASS is ``forward`` or ``training``, which is a forward and a backward; the gradients themselves count as weights.
 
 A process of its own, because allocators keep what earlier calls left behind; read from the kernel's high-water mark of
 the resident set, because torch does not see what its libraries and our kernels allocate.
@@ -18,19 +20,20 @@ from .machine import ROOT
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def in_subprocess(contender: str, dtype: str) -> int:
-    """Bytes above the weights at the peak of two forwards of 8 frames."""
-    command = [sys.executable, "-m", "bench.memory", contender, dtype]
+def in_subprocess(contender: str, dtype: str, kind: str) -> int:
+    """Bytes above the weights at the peak of two passes over 8 frames."""
+    command = [sys.executable, "-m", "bench.memory", contender, dtype, kind]
     return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
 
-def peak_above_weights(contender: str, dtype: torch.dtype) -> int:
-    from . import tower
+def peak_above_weights(contender: str, dtype: torch.dtype, kind: str) -> int:
+    from . import tower, training
 
-    contest = tower.contenders(dtype, projected=False)
+    make = training.contenders if kind == "training" else tower.contenders
+    contest = make(dtype, device="cpu")
     run = contest.ours if contender == "ours" else contest.peers["reference"]
     pixels = tower.CASES["8 frames"].pixel_values(dtype)
-    with torch.inference_mode():
+    with torch.inference_mode(kind == "forward"):
         # Libraries make their own buffers and code at their first product; those are neither weights nor activations.
         torch.conv2d(torch.ones(1, 8, 8, 8, dtype=dtype), torch.ones(8, 8, 1, 1, dtype=dtype))
         torch.mm(torch.ones(64, 64, dtype=dtype), torch.ones(64, 64, dtype=dtype))
@@ -50,4 +53,4 @@ def _resident(name: str) -> int:
 
 
 if __name__ == "__main__":
-    print(peak_above_weights(sys.argv[1], getattr(torch, sys.argv[2])))
+    print(peak_above_weights(sys.argv[1], getattr(torch, sys.argv[2]), sys.argv[3]))

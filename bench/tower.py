@@ -58,14 +58,14 @@ class Contenders:
     peers: dict[str, Callable[[Tensor], Tensor]]
 
 
-def contenders(dtype: torch.dtype, projected: bool, *, with_compiled: bool = False) -> Contenders:
+def contenders(dtype: torch.dtype, *, device: str, projected: bool = False, with_compiled: bool = False) -> Contenders:
     """The contenders of one dtype; ``projected`` adds the projector to each."""
-    reference, head = _reference(dtype)
-    tower, projector = _ours(dtype)
-    modules = head if projected else _identity
-    peers = {"reference": _packed(reference, modules), "vectorised": _packed(VectorisedSTAB(reference), modules)}
+    reference, head = _reference(dtype, device)
+    tower, projector = _ours(dtype, device)
+    modules = head if projected else identity
+    peers = {"reference": packed(reference, modules), "vectorised": packed(VectorisedSTAB(reference), modules)}
     if with_compiled:
-        peers["compiled"] = _packed(compiled(reference), modules)
+        peers["compiled"] = packed(compiled(reference), modules)
 
     def ours(pixel_values: Tensor) -> Tensor:
         tokens = tower(pixel_values).tokens
@@ -74,12 +74,13 @@ def contenders(dtype: torch.dtype, projected: bool, *, with_compiled: bool = Fal
     return Contenders(ours, peers)
 
 
-def errors(case: str, contest: Contenders, dtype: torch.dtype, projected: bool) -> Errors:
+def errors(case: str, contest: Contenders, dtype: torch.dtype, projected: bool, device: str) -> Errors:
     """Ours and the reference in ``dtype`` against the reference in float64."""
-    pixels = CASES[case].pixel_values(dtype)
+    pixels = CASES[case].pixel_values(dtype).to(device)
     exact = _exact(case, projected)
     with torch.inference_mode():
-        ours, reference = (relative_error(run(pixels), exact) for run in (contest.ours, contest.peers["reference"]))
+        ours, reference = (relative_error(run(pixels).cpu(), exact)
+                           for run in (contest.ours, contest.peers["reference"]))
     return Errors(ours, reference, Tolerance().limit(reference, dtype))
 
 
@@ -109,7 +110,7 @@ def cost(case: Case, dtype: torch.dtype, projected: bool, *, dim: int = DIM) -> 
 
 
 @functools.cache
-def _weights() -> tuple[python_ref.STAB, python_ref.Projector]:
+def weights() -> tuple[python_ref.STAB, python_ref.Projector]:
     head = python_ref.Projector(DIM, PROJECTED).double().requires_grad_(False)
     draw = Draw(1, torch.float64)
     for parameter in head.parameters():
@@ -118,34 +119,34 @@ def _weights() -> tuple[python_ref.STAB, python_ref.Projector]:
 
 
 @functools.cache
-def _reference(dtype: torch.dtype) -> tuple[python_ref.STAB, python_ref.Projector]:
+def _reference(dtype: torch.dtype, device: str) -> tuple[python_ref.STAB, python_ref.Projector]:
     tower, head = python_ref.STAB(DIM).to(dtype).eval(), python_ref.Projector(DIM, PROJECTED).to(dtype)
-    for module, weights in zip((tower, head), _weights(), strict=True):
-        module.load_state_dict(weights.state_dict())
+    for module, source in zip((tower, head), weights(), strict=True):
+        module.to(device).load_state_dict(source.state_dict())
     return tower, head
 
 
 @functools.cache
-def _ours(dtype: torch.dtype) -> tuple[STAB, Projector]:
+def _ours(dtype: torch.dtype, device: str) -> tuple[STAB, Projector]:
     tower, head = STAB(DIM).to(dtype).eval(), Projector(DIM, PROJECTED).to(dtype)
-    for module, weights in zip((tower, head), _weights(), strict=True):
-        module.load_state_dict(weights.state_dict())
+    for module, source in zip((tower, head), weights(), strict=True):
+        module.to(device).load_state_dict(source.state_dict())
     return tower, head
 
 
 @functools.cache
 def _exact(case: str, projected: bool) -> Tensor:
-    tower, head = _weights()
+    tower, head = weights()
     if projected:
         return head(_exact(case, False))
     with torch.inference_mode():
-        return _packed(tower, _identity)(CASES[case].pixel_values(torch.float64))
+        return packed(tower, identity)(CASES[case].pixel_values(torch.float64))
 
 
-def _identity(tokens: Tensor) -> Tensor:
+def identity(tokens: Tensor) -> Tensor:
     return tokens
 
 
-def _packed(peer: Callable[..., tuple[Sequence[Tensor], Sequence[Tensor]]],
+def packed(peer: Callable[..., tuple[Sequence[Tensor], Sequence[Tensor]]],
             modules: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda pixel_values: torch.cat(list(peer(pixel_values, modules)[0]))

@@ -54,7 +54,7 @@ class Classifier(nn.Module):
 
 
 def losses(tower_class: type[nn.Module], steps: int = STEPS) -> list[float]:
-    """Cross entropy at each step of training from seed 0; the two towers have the same names and so the same weights."""
+    """Cross entropy at each step of training from seed 0; both towers have the same names, and so the same weights."""
     torch.manual_seed(0)
     weights = Classifier(python_ref.STAB(DIM, patch=PATCH, dropout=0.0)).state_dict()
     model = Classifier(tower_class(DIM, patch=PATCH, dropout=0.0)).train()
