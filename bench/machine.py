@@ -42,7 +42,8 @@ class Peaks:
 def measure_peaks(device: str) -> Peaks:
     """Takes a few seconds and, for the large copy, at most a quarter of the free memory. On a GPU its L2 is the cache."""
     cache = _l3_bytes() if device == "cpu" else torch.cuda.get_device_properties(device).L2_cache_size
-    large = min(max(256 * MIB, 2 * cache), (_free_bytes() if device == "cpu" else torch.cuda.mem_get_info()[0]) // 8)
+    free = _free_bytes() if device == "cpu" else torch.cuda.mem_get_info()[0]
+    large = min(max(256 * MIB, 2 * cache), free // 8)
     # Half of the cache, source and destination together; no more than the tower's own activations need.
     small = min(cache // 4, 16 * MIB)
     with torch.device(device):

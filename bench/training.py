@@ -1,4 +1,4 @@
-"""A training step of the whole tower: forward by batch statistics and backward, without dropout and without optimizer."""
+"""A training step of the whole tower: forward by batch statistics, and backward; no dropout, no optimizer."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -46,6 +46,6 @@ def _step(module: nn.Module, run: Callable[[Tensor], Tensor]) -> Callable[[Tenso
         with torch.inference_mode(False), torch.enable_grad():
             tokens = run(pixels.clone())
             tokens.backward(Draw(2, tokens.dtype)(*tokens.shape).to(tokens.device))
-        return torch.cat([p.grad.flatten() for p in module.parameters() if p.requires_grad])
+        return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None and p.requires_grad])
 
     return step

@@ -130,11 +130,12 @@ def check_op(spec: OpSpec, names: Sequence[str], report: Report) -> None:
             inputs = spec.inputs(sizes, dtype)
             by_torch = _Reference(spec, inputs)
             for backend, direction in product(names, (FORWARD, BACKWARD)):
-                if why := refusals(spec, backend, inputs, "fwd" if direction == FORWARD else "bwd"):
+                placed = {name: _on(_device(backend), value) for name, value in inputs.items()}
+                if why := refusals(spec, backend, placed, "fwd" if direction == FORWARD else "bwd"):
                     report.skip(f"{spec.name} {direction} by {backend}: {'; '.join(why)}")
                     continue
                 label = (spec.name, backend, _name(dtype), direction, case)
-                call = partial(_run, partial(public_op(spec), backend=backend), inputs, direction)
+                call = partial(_run, partial(public_op(spec), backend=backend), placed, direction)
                 report.rows += _compare(label, call, by_torch[direction], exact[direction], spec.tolerance, dtype)
 
 
@@ -161,9 +162,9 @@ def check_tower(names: Sequence[str], report: Report, *, dim: int = 1024, size: 
             tower = STAB(dim, dtype=dtype).eval()
             tower.load_state_dict(exact_tower.state_dict())
             for backend, direction in product(names, (FORWARD, BACKWARD)):
-                tower.backend = backend
+                tower.to(_device(backend)).backend = backend
                 label = (TOWER, backend, _name(dtype), direction, case)
-                call = partial(_run_tower, tower, pixels.to(dtype), direction)
+                call = partial(_run_tower, tower, pixels.to(_device(backend), dtype), direction)
                 try:
                     report.rows += _compare(label, call, by_torch, exact, Tolerance(), dtype)
                 except BackendError as error:
@@ -207,7 +208,7 @@ def _run(function: Callable[..., Tensor], inputs: Inputs, direction: str) -> _Ou
 
 
 def _gradients(result: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    cotangent = Draw(1, result.dtype)(*result.shape)
+    cotangent = Draw(1, result.dtype)(*result.shape).to(result.device)
     gradients = torch.autograd.grad(result, list(leaves.values()), cotangent, allow_unused=True)
     return {name: g for name, g in zip(leaves, gradients, strict=True) if g is not None}
 
@@ -216,7 +217,7 @@ def _compare(label: tuple[str, str, str, str, str], call: Callable[[], _Outcome]
              exact: _Outcome, tolerance: Tolerance, dtype: torch.dtype) -> Iterator[Row]:
     direction = label[3]
     try:
-        given = call().tensors(direction)
+        given = {name: tensor.cpu() for name, tensor in call().tensors(direction).items()}
     except BackendError:
         raise
     # Whatever a broken kernel raises is a finding, and must not keep the other ops from being checked.
@@ -242,6 +243,14 @@ def _error(given: Tensor, exact: Tensor, scale: float) -> float:
     if float(exact.norm()) > 1e-12 * scale:
         return relative_error(given, exact)
     return float((given.double() - exact).norm() / scale)
+
+
+def _device(backend: str) -> str:
+    return "cuda" if backend == "triton" else "cpu"
+
+
+def _on(device: str, argument: object) -> object:
+    return argument.to(device) if isinstance(argument, Tensor) else argument
 
 
 def _is_floating(argument: object) -> bool:

@@ -17,6 +17,9 @@ from panda_kernels.spec import Inputs, OpSpec, relative_error
 OPS = sorted(SPECS)
 USABLE = [name for name, error in backends.status().items() if error is None]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ON_CPU = [name for name in USABLE if name != "triton"]
+HOMES = [pytest.param(name, "cuda" if name == "triton" else "cpu", id=name,
+                      marks=[pytest.mark.gpu] if name == "triton" else []) for name in USABLE]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 

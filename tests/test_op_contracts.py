@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import OPS, USABLE, call, first_case, is_float, make, with_gradients
+from op_cases import HOMES, ON_CPU, OPS, call, first_case, is_float, make, with_gradients
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -34,9 +34,9 @@ def leaves(inputs: Inputs) -> Inputs:
 
 
 @pytest.mark.parametrize(("op", "case"), WAYS)
-@pytest.mark.parametrize("backend", USABLE)
-def test_opcheck(backend: str, op: str, case: str) -> None:
-    inputs = make(op, case, torch.float32)
+@pytest.mark.parametrize(("backend", "device"), HOMES)
+def test_opcheck(backend: str, device: str, op: str, case: str) -> None:
+    inputs = make(op, case, torch.float32, device)
     forward = getattr(torch.ops.panda_kernels, op).default
     torch.library.opcheck(forward, arguments(op, leaves(inputs), backend))
     y = call(op, inputs, backend)
@@ -61,10 +61,10 @@ def test_gradcheck(op: str, case: str) -> None:
 
 
 @pytest.mark.parametrize(("op", "case"), WAYS)
-@pytest.mark.parametrize("backend", USABLE)
-def test_compiles_whole(backend: str, op: str, case: str) -> None:
+@pytest.mark.parametrize(("backend", "device"), HOMES)
+def test_compiles_whole(backend: str, device: str, op: str, case: str) -> None:
     torch._dynamo.reset()
-    inputs = make(op, case, torch.float32)
+    inputs = make(op, case, torch.float32, device)
     function = partial(getattr(panda_kernels, op), backend=backend)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     (y, grads), (expected, expected_grads) = with_gradients(compiled, inputs), with_gradients(function, inputs)
@@ -109,7 +109,7 @@ def test_meta_tensors_tell_shape_and_dtype(op: str, case: str) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_autocast(backend: str, op: str) -> None:
     """float32 tensors give what bfloat16 ones give, and gradients in float32."""
     inputs = make(op, first_case(op), torch.float32)

@@ -10,8 +10,8 @@ from importlib import import_module
 import pytest
 import torch
 from op_cases import (
+    ON_CPU,
     OPS,
-    USABLE,
     assert_as_close_as_torch,
     call,
     calls,
@@ -134,7 +134,7 @@ SEVERAL = [("assemble_tokens", "ragged"), ("attention_pool", "gstra"), ("attenti
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("op", "case"), SEVERAL)
-@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_no_sample_sees_its_neighbours(backend: str, op: str, case: str, dtype: torch.dtype) -> None:
     """Neighbours turned to NaN (bytes: to other bytes) change no bit of a sample's result and gradient."""
     inputs = make(op, case, dtype)
@@ -161,7 +161,7 @@ INVARIANT = {"cpu": set(OPS), "torch": {"assemble_tokens", "depthwise_conv3d"}}
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("backend", "op", "case"),
-                         [(b, o, c) for b in USABLE for o, c in SEVERAL if o in INVARIANT[b]])
+                         [(b, o, c) for b in ON_CPU for o, c in SEVERAL if o in INVARIANT[b]])
 def test_alone_and_in_a_batch_the_same_bits(backend: str, op: str, case: str, dtype: torch.dtype) -> None:
     inputs = make(op, case, dtype)
     batch = call(op, inputs, backend)
@@ -174,14 +174,14 @@ def test_alone_and_in_a_batch_the_same_bits(backend: str, op: str, case: str, dt
 def test_a_missing_frame_gives_zeros_whatever_it_holds() -> None:
     inputs = make("patch_embed", "missing_float", torch.float32)
     inputs["pixels"][0, 1] = torch.nan
-    for backend in USABLE:
+    for backend in ON_CPU:
         y, grads = with_gradients(partial(call_by_name, "patch_embed", backend), inputs)
         assert not y[0, 1].any() and y[0, 0].all()
         assert not grads["pixels"][0, 1].any()
         assert torch.isfinite(grads["weight"]).all()
 
 
-@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_packed_pooling_is_pooling_sample_by_sample(backend: str) -> None:
     inputs = make("attention_pool", "packed_sets", torch.float32)
     x, queries, bounds = inputs["x"], inputs["queries"], inputs["cu_seqlens"].tolist()
@@ -192,7 +192,7 @@ def test_packed_pooling_is_pooling_sample_by_sample(backend: str) -> None:
         torch.testing.assert_close(packed[i], expected, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_only_the_gradients_asked_for(backend: str) -> None:
     """Each input alone as the one that needs a gradient gets the same as when all do."""
     for op in OPS:
@@ -206,7 +206,7 @@ def test_only_the_gradients_asked_for(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", SPECS["attention_pool"].test_sizes)
-@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_pooling_in_half_precision_rounds_once(backend: str, case: str, dtype: torch.dtype) -> None:
     """Statistics, logits and softmax in float32 leave one rounding, that of the result; torch's own error is larger."""
     inputs = make("attention_pool", case, dtype)
