@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from itertools import chain
 from typing import Any, Generic, TypeVar
@@ -63,6 +64,8 @@ class Folded(Generic[M, T]):
     def get(self) -> T:
         tensors = list(chain(self.module.parameters(), self.module.buffers()))
         if any(t.is_inference() for t in tensors):
+            warnings.warn(f"{type(self.module).__name__}: weights made or moved in inference mode have no version, so "
+                          "what follows from them is computed at every call; make them outside it", stacklevel=2)
             return self._build(tensors)
         key = (_steps, getattr(self.module, "backend", None), [_identity(t) for t in tensors])
         if self._kept is None or self._kept[0] != key:
