@@ -16,8 +16,11 @@
 #include "core/drivers.h"
 #include "core/pages.h"
 #include "core/parallel.h"
+#include "core/product.h"
 #include "core/tier.h"
 #include "core/tower.h"
+#include "core/weight_gradient.h"
+#include "core/window_pool_gradient.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -143,6 +146,16 @@ void depthwise_conv3d(const Tensor& x, const Tensor& taps, const std::optional<T
                            int(kh), int(kw)});
 }
 
+void depthwise_gradient(const Tensor& x, const Tensor& grad, int64_t kt, int64_t kh, int64_t kw, Tensor taps,
+                        Tensor bias) {
+  const panda::Dtype dtype = dtype_of(x);
+  const auto [b, t, h, w, c] = sizes<5>(x);
+  STD_TORCH_CHECK(kt > 0 && kh > 0 && kw > 0, "panda_kernels: expected a kernel, got ", kt, " x ", kh, " x ", kw);
+  panda::depthwise_gradient({dtype, in(x, dtype, {b, t, h, w, c}), in(grad, dtype, {b, t, h, w, c}),
+                             floats_out(taps, {kt * kh * kw, c}), floats_out(bias, {c}), b, t, h, w, c, int(kt),
+                             int(kh), int(kw)});
+}
+
 void patch_embed(const Tensor& pixels, const std::optional<Tensor>& present, const Tensor& normalise, int64_t patch,
                  const Tensor& weight, Tensor y) {
   const panda::Dtype dtype = dtype_of(y);
@@ -152,6 +165,17 @@ void patch_embed(const Tensor& pixels, const std::optional<Tensor>& present, con
   const int64_t clips = pixels.size(0);
   panda::patch_embed(dtype, p, clips * frames, h, w, packed(weight, dtype, c, 3 * patch * patch), c,
                      out(y, dtype, {clips, frames, h, w, c}));
+}
+
+void patch_embed_gradient(const Tensor& grad, const Tensor& pixels, const std::optional<Tensor>& present,
+                          const Tensor& normalise, int64_t patch, Tensor weight) {
+  const panda::Dtype dtype = dtype_of(grad);
+  const int64_t c = sizes<5>(grad)[4];
+  panda::Pixels p{};
+  const auto [frames, h, w] = pixels_of(pixels, present, normalise, patch, p);
+  const int64_t clips = pixels.size(0);
+  panda::patch_embed_gradient(dtype, p, clips * frames, h, w, in(grad, dtype, {clips, frames, h, w, c}), c,
+                              floats_out(weight, {c, 3 * patch * patch}));
 }
 
 panda::LocalEncodingWeights local_weights(panda::Dtype dtype, int64_t c, int64_t r, const Tensor* w) {
@@ -175,7 +199,8 @@ void local_encoding(const Tensor& x, const std::vector<Tensor>& weights, int64_t
                         floats(all[1], {r}), local_weights(dtype, c, r, all + 2), out(y, dtype, {clips, t, h, w, c}));
 }
 
-void attention_pool(const Tensor& x, const Tensor& queries, const Tensor& offsets, double eps, Tensor z) {
+// z, or its gradient, is float32 [samples, n, c].
+panda::Pooling pooling(const Tensor& x, const Tensor& queries, const Tensor& offsets, double eps, const Tensor& z) {
   const panda::Dtype dtype = dtype_of(x);
   const auto [samples, n, c] = sizes<3>(z);
   const int64_t* bounds = integers(offsets, {samples + 1});
@@ -184,9 +209,31 @@ void attention_pool(const Tensor& x, const Tensor& queries, const Tensor& offset
   STD_TORCH_CHECK(bounds[0] >= 0 && std::is_sorted(bounds, bounds + samples + 1) && bounds[samples] <= x.numel() / c,
                   "panda_kernels: cu_seqlens do not rise from 0 to at most ", x.numel() / c);
   const bool shared = queries.dim() == 2;
-  panda::attention_pool({dtype, x.const_data_ptr(), bounds, samples,
-                         shared ? floats(queries, {n, c}) : floats(queries, {samples, n, c}), shared ? 0 : n * c, n, c,
-                         float(eps), floats_out(z, {samples, n, c})});
+  return {dtype,
+          x.const_data_ptr(),
+          bounds,
+          samples,
+          shared ? floats(queries, {n, c}) : floats(queries, {samples, n, c}),
+          shared ? 0 : n * c,
+          n,
+          c,
+          float(eps),
+          nullptr};
+}
+
+void attention_pool(const Tensor& x, const Tensor& queries, const Tensor& offsets, double eps, Tensor z) {
+  panda::Pooling a = pooling(x, queries, offsets, eps, z);
+  a.z = floats_out(z, {a.samples, a.n, a.c});
+  panda::attention_pool(a);
+}
+
+void attention_pool_gradient(const Tensor& grad, const Tensor& x, const Tensor& queries, const Tensor& offsets,
+                             double eps, Tensor grad_x, Tensor grad_queries) {
+  const panda::Pooling a = pooling(x, queries, offsets, eps, grad);
+  const int64_t tokens = x.numel() / a.c;
+  float* to = a.query_stride ? floats_out(grad_queries, {a.samples, a.n, a.c}) : floats_out(grad_queries, {a.n, a.c});
+  panda::attention_pool_gradient(a, floats(grad, {a.samples, a.n, a.c}), tokens, out(grad_x, a.dtype, {tokens, a.c}),
+                                 to);
 }
 
 panda::WindowPoolWeights window_weights(panda::Dtype dtype, int64_t c, int64_t heads, int64_t window, double eps,
@@ -236,6 +283,26 @@ void window_attention_pool(const Tensor& x, const Tensor& corners, const std::ve
                                window_weights(dtype, c, heads, window, eps, list(weights, 6)), to);
 }
 
+// weights: the six of window_weights(), then as in WindowPoolReturn; sums as in WindowPoolSums.
+void window_attention_pool_gradient(const Tensor& grad, const Tensor& x, const Tensor& corners,
+                                    const std::vector<Tensor>& weights, int64_t heads, int64_t window, double eps,
+                                    Tensor grad_x, std::vector<Tensor> sums) {
+  const panda::Dtype dtype = dtype_of(x);
+  const auto [frames, h, w, c] = sizes<4>(x);
+  const int64_t* rectangles = integers(corners, {frames, 4});
+  const void* from = in(grad, dtype, {count(rectangles, frames, h, w, window).windows, c});
+  const Tensor* all = list(weights, 10);
+  const panda::WindowPoolWeights forward = window_weights(dtype, c, heads, window, eps, all);
+  const panda::WindowPoolReturn back{packed(all[6], dtype, c, c), packed(all[7], dtype, c / heads, c, heads),
+                                     packed(all[8], dtype, c, c / heads, heads), packed(all[9], dtype, c, c)};
+  const Tensor* s = list(sums, 7);
+  const panda::WindowPoolSums to{floats_out(s[0], {c, c}), floats_out(s[1], {c}), floats_out(s[2], {c, c}),
+                                 floats_out(s[3], {c, c}), floats_out(s[4], {c}), floats_out(s[5], {c, c}),
+                                 floats_out(s[6], {c})};
+  panda::window_attention_pool_gradient(dtype, from, in(x, dtype, {frames, h, w, c}), rectangles, frames, h, w, window,
+                                        forward, back, out(grad_x, dtype, {frames, h, w, c}), to);
+}
+
 void assemble_tokens(const Tensor& y, const Tensor& f, const Tensor& split, const Tensor& corners, int64_t window,
                      Tensor tokens) {
   constexpr int64_t kLargestSide = 1 << 20;  // the grid is not known here; beyond, the counts could overflow
@@ -253,6 +320,35 @@ void linear(const Tensor& x, const Tensor& w, const Tensor& bias, bool quick_gel
   const auto [matrices, n, k] = sizes<3>(w);
   panda::linear({dtype, floats(x, {rows, matrices, k}), rows, matrices, k, n, in(w, dtype, {matrices, n, k}),
                  floats(bias, {matrices * n}), quick_gelu, floats_out(y, {rows, matrices, n})});
+}
+
+// y = x w^T + bias + residual.
+void product(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+             Tensor y) {
+  const panda::Dtype dtype = dtype_of(x);
+  const auto [rows, k] = sizes<2>(x);
+  const int64_t n = sizes<2>(y)[1];
+  const panda::ProductRows input(dtype, rows, k);
+  panda::Gemm g{input.get(in(x, dtype, {rows, k}), k, rows),
+                input.stride(k),
+                packed(w, dtype, n, k),
+                k,
+                n,
+                out(y, dtype, {rows, n}),
+                n};
+  if (bias) g.bias = floats(*bias, {n});
+  if (residual) g.residual = in(*residual, dtype, {rows, n});
+  g.ldr = n;
+  panda::product(dtype, g, rows);
+}
+
+void weight_gradient(const Tensor& grad, const Tensor& x, Tensor w, Tensor b) {
+  const panda::Dtype dtype = dtype_of(x);
+  const auto [rows, k] = sizes<2>(x);
+  const int64_t n = sizes<2>(grad)[1];
+  panda::weight_gradient({dtype, in(grad, dtype, {rows, n}), n, n, in(x, dtype, {rows, k}), k, k, floats_out(w, {n, k}),
+                          floats_out(b, {n}), false},
+                         rows);
 }
 
 void token_mlp(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, Tensor y) {
@@ -317,14 +413,26 @@ STABLE_TORCH_LIBRARY(panda_kernels_cpu, m) {
   m.def("packed_bytes(bool bfloat16, int n, int k) -> int");
   m.def("pack(Tensor w, int matrices, bool transposed, Tensor(a!) to) -> ()");
   m.def("depthwise_conv3d(Tensor x, Tensor taps, Tensor? bias, int kt, int kh, int kw, Tensor(a!) y) -> ()");
+  m.def("depthwise_gradient(Tensor x, Tensor grad, int kt, int kh, int kw, Tensor(a!) taps, Tensor(b!) bias) -> ()");
   m.def("patch_embed(Tensor pixels, Tensor? present, Tensor normalise, int patch, Tensor weight, Tensor(a!) y) -> ()");
+  m.def(
+      "patch_embed_gradient(Tensor grad, Tensor pixels, Tensor? present, Tensor normalise, int patch, "
+      "Tensor(a!) weight) -> ()");
   m.def("local_encoding(Tensor x, Tensor[] weights, int r, Tensor(a!) y) -> ()");
   m.def("attention_pool(Tensor x, Tensor queries, Tensor offsets, float eps, Tensor(a!) z) -> ()");
   m.def(
+      "attention_pool_gradient(Tensor grad, Tensor x, Tensor queries, Tensor offsets, float eps, Tensor(a!) grad_x, "
+      "Tensor(b!) grad_queries) -> ()");
+  m.def(
       "window_attention_pool(Tensor x, Tensor corners, Tensor[] weights, int heads, int window, float eps, "
       "Tensor(a!) y) -> ()");
+  m.def(
+      "window_attention_pool_gradient(Tensor grad, Tensor x, Tensor corners, Tensor[] weights, int heads, int window, "
+      "float eps, Tensor(a!) grad_x, Tensor(b!)[] sums) -> ()");
   m.def("assemble_tokens(Tensor y, Tensor f, Tensor split, Tensor corners, int window, Tensor(a!) tokens) -> ()");
   m.def("linear(Tensor x, Tensor w, Tensor bias, bool quick_gelu, Tensor(a!) y) -> ()");
+  m.def("product(Tensor x, Tensor w, Tensor? bias, Tensor? residual, Tensor(a!) y) -> ()");
+  m.def("weight_gradient(Tensor grad, Tensor x, Tensor(a!) w, Tensor(b!) b) -> ()");
   m.def("token_mlp(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor(a!) y) -> ()");
   m.def(
       "stab_tower(Tensor pixels, Tensor? present, Tensor normalise, Tensor corners, Tensor[] weights, int patch, "
@@ -341,12 +449,18 @@ STABLE_TORCH_LIBRARY_IMPL(panda_kernels_cpu, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(panda_kernels_cpu, CPU, m) {
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("depthwise_conv3d", TORCH_BOX(&depthwise_conv3d));
+  m.impl("depthwise_gradient", TORCH_BOX(&depthwise_gradient));
   m.impl("patch_embed", TORCH_BOX(&patch_embed));
+  m.impl("patch_embed_gradient", TORCH_BOX(&patch_embed_gradient));
   m.impl("local_encoding", TORCH_BOX(&local_encoding));
   m.impl("attention_pool", TORCH_BOX(&attention_pool));
+  m.impl("attention_pool_gradient", TORCH_BOX(&attention_pool_gradient));
   m.impl("window_attention_pool", TORCH_BOX(&window_attention_pool));
+  m.impl("window_attention_pool_gradient", TORCH_BOX(&window_attention_pool_gradient));
   m.impl("assemble_tokens", TORCH_BOX(&assemble_tokens));
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("product", TORCH_BOX(&product));
+  m.impl("weight_gradient", TORCH_BOX(&weight_gradient));
   m.impl("token_mlp", TORCH_BOX(&token_mlp));
   m.impl("stab_tower", TORCH_BOX(&stab_tower));
 }

@@ -16,6 +16,8 @@
 
 #include "core/drivers.h"
 #include "core/tier.h"
+#include "core/weight_gradient.h"
+#include "core/window_pool_gradient.h"
 
 namespace py = pybind11;
 using namespace panda;
@@ -127,6 +129,13 @@ void run_depthwise_conv3d(const py::array& x, const py::array& taps, const py::o
       {dtype_of(x), in(x), floats(taps), floats(bias), out(y), x.shape(0), t, h, w, x.shape(4), kt, kh, kw});
 }
 
+void run_depthwise_gradient(const py::array& x, const py::array& grad, int kt, int kh, int kw, const py::array& taps,
+                            const py::array& bias) {
+  const auto [t, h, w] = grid_of(x);
+  depthwise_gradient({dtype_of(x), in(x), in(grad), static_cast<float*>(out(taps)), static_cast<float*>(out(bias)),
+                      x.shape(0), t, h, w, x.shape(4), kt, kh, kw});
+}
+
 // pixels [B, T, planes, H, W] of any strides.
 Pixels pixels_of(const py::array& x, const py::object& present, const py::array& normalise, int patch) {
   const PixelType type = py::isinstance<py::array_t<uint8_t>>(x) ? PixelType::uint8
@@ -147,6 +156,13 @@ void run_patch_embed(const py::array& pixels, const py::object& present, const p
               out(y));
 }
 
+void run_patch_embed_gradient(const py::array& grad, const py::array& pixels, const py::object& present,
+                              const py::array& normalise, int patch, const py::array& weight) {
+  const auto [t, h, w] = grid_of(grad);
+  patch_embed_gradient(dtype_of(grad), pixels_of(pixels, present, normalise, patch), grad.shape(0) * t, h, w, in(grad),
+                       grad.shape(4), static_cast<float*>(out(weight)));
+}
+
 // weights: packed squeeze and its bias, then as in LocalEncodingWeights.
 void run_local_encoding(const py::array& x, const py::list& w, int64_t r, const py::array& y) {
   const LocalEncodingWeights weights{x.shape(4),   r,           floats(w[2]), floats(w[3]), in(w[4]), floats(w[5]),
@@ -162,6 +178,15 @@ void run_attention_pool(const py::array& x, const py::array& queries, const py::
                   c, eps, static_cast<float*>(out(z))});
 }
 
+void run_attention_pool_gradient(const py::array& grad, const py::array& x, const py::array& queries,
+                                 const py::array& offsets, float eps, const py::array& grad_x,
+                                 const py::array& grad_queries) {
+  const int64_t samples = grad.shape(0), n = grad.shape(1), c = grad.shape(2);
+  attention_pool_gradient({dtype_of(x), in(x), integers(offsets), samples, floats(queries),
+                           queries.ndim() == 2 ? 0 : n * c, n, c, eps, nullptr},
+                          floats(grad), x.shape(0), out(grad_x), static_cast<float*>(out(grad_queries)));
+}
+
 // weights: as in WindowPoolWeights.
 void run_window_attention_pool(const py::array& x, const py::array& corners, const py::list& w, int64_t heads,
                                int64_t window, float eps, const py::array& y) {
@@ -169,6 +194,19 @@ void run_window_attention_pool(const py::array& x, const py::array& corners, con
                                   floats(w[1]), in(w[2]), in(w[3]),        in(w[4]), floats(w[5])};
   window_attention_pool(dtype_of(x), in(x), integers(corners), x.shape(0), x.shape(1), x.shape(2), window, weights,
                         out(y));
+}
+
+// weights: as in WindowPoolWeights, then as in WindowPoolReturn; sums: as in WindowPoolSums.
+void run_window_attention_pool_gradient(const py::array& grad, const py::array& x, const py::array& corners,
+                                        const py::list& w, int64_t heads, int64_t window, float eps,
+                                        const py::array& grad_x, const py::list& sums) {
+  const WindowPoolWeights weights{x.shape(3),   heads,    window * window, eps,      in(w[0]),
+                                  floats(w[1]), in(w[2]), in(w[3]),        in(w[4]), floats(w[5])};
+  const WindowPoolReturn back{in(w[6]), in(w[7]), in(w[8]), in(w[9])};
+  const auto sum = [&sums](int i) { return static_cast<float*>(out(sums[i])); };
+  window_attention_pool_gradient(dtype_of(x), in(grad), in(x), integers(corners), x.shape(0), x.shape(1), x.shape(2),
+                                 window, weights, back, out(grad_x),
+                                 {sum(0), sum(1), sum(2), sum(3), sum(4), sum(5), sum(6)});
 }
 
 void run_assemble_tokens(const py::array& y, const py::array& f, const py::array& split, const py::array& corners,
@@ -179,6 +217,12 @@ void run_assemble_tokens(const py::array& y, const py::array& f, const py::array
 void run_linear(const py::array& x, const py::array& w, const py::array& bias, bool quick_gelu, const py::array& y) {
   linear({dtype_of(w), floats(x), x.shape(0), w.shape(0), w.shape(2), w.shape(1), in(w), floats(bias), quick_gelu,
           static_cast<float*>(out(y))});
+}
+
+void run_weight_gradient(const py::array& grad, const py::array& x, const py::array& w, const py::array& b, bool add) {
+  weight_gradient({dtype_of(x), grad.data(), row_stride(grad), grad.shape(1), x.data(), row_stride(x), x.shape(1),
+                   static_cast<float*>(out(w)), static_cast<float*>(out(b)), add},
+                  x.shape(0));
 }
 
 void run_token_mlp(const py::array& x, const py::array& w1, const py::array& b1, const py::array& w2,
@@ -205,12 +249,20 @@ PYBIND11_MODULE(panda_core, m) {
 
   m.def("aligned_bytes", &aligned_bytes, "bytes"_a);
   m.def("depthwise_conv3d", &run_depthwise_conv3d, "x"_a, "taps"_a, "bias"_a, "kt"_a, "kh"_a, "kw"_a, "y"_a);
+  m.def("depthwise_gradient", &run_depthwise_gradient, "x"_a, "grad"_a, "kt"_a, "kh"_a, "kw"_a, "taps"_a, "bias"_a);
   m.def("patch_embed", &run_patch_embed, "pixels"_a, "present"_a, "normalise"_a, "patch"_a, "packed"_a, "y"_a);
+  m.def("patch_embed_gradient", &run_patch_embed_gradient, "grad"_a, "pixels"_a, "present"_a, "normalise"_a, "patch"_a,
+        "weight"_a);
   m.def("local_encoding", &run_local_encoding, "x"_a, "weights"_a, "r"_a, "y"_a);
   m.def("attention_pool", &run_attention_pool, "x"_a, "queries"_a, "offsets"_a, "eps"_a, "z"_a);
+  m.def("attention_pool_gradient", &run_attention_pool_gradient, "grad"_a, "x"_a, "queries"_a, "offsets"_a, "eps"_a,
+        "grad_x"_a, "grad_queries"_a);
   m.def("window_attention_pool", &run_window_attention_pool, "x"_a, "corners"_a, "weights"_a, "heads"_a, "window"_a,
         "eps"_a, "y"_a);
+  m.def("window_attention_pool_gradient", &run_window_attention_pool_gradient, "grad"_a, "x"_a, "corners"_a,
+        "weights"_a, "heads"_a, "window"_a, "eps"_a, "grad_x"_a, "sums"_a);
   m.def("assemble_tokens", &run_assemble_tokens, "y"_a, "f"_a, "split"_a, "corners"_a, "window"_a, "tokens"_a);
   m.def("linear", &run_linear, "x"_a, "w"_a, "bias"_a, "quick_gelu"_a, "y"_a);
+  m.def("weight_gradient", &run_weight_gradient, "grad"_a, "x"_a, "w"_a, "b"_a, "add"_a);
   m.def("token_mlp", &run_token_mlp, "x"_a, "w1"_a, "b1"_a, "w2"_a, "b2"_a, "y"_a);
 }

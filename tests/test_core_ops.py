@@ -65,6 +65,13 @@ class Memory:
         inner[:] = np.concatenate(each)
         return inner, exact(w)
 
+    def repacked(self, w: Array) -> Array:
+        """What :meth:`weights` gave, the other way round."""
+        each = [CORE.pack(stored(m, self.dtype).T, self.dtype == "bfloat16") for m in w]
+        packed = CORE.aligned_bytes(sum(map(len, each)))
+        packed[:] = np.concatenate(each)
+        return packed
+
     def result(self, *shape: int, dtype: str | None = None) -> Array:
         poison = POISON[dtype or self.dtype]
         buffer = np.full(math.prod(shape) + 2 * GUARD, poison)
@@ -98,6 +105,7 @@ def convolved(x: Array, taps: Array, kernel: tuple[int, int, int]) -> Array:
 
 
 Pair = tuple[Array, Array]
+Pairs = dict[str, Pair]
 
 
 def depthwise_conv3d(memory: Memory, shape: tuple[int, ...], kernel: tuple[int, int, int] = (3, 3, 3),
@@ -211,10 +219,124 @@ def token_mlp(memory: Memory, rows: int, c: int, hidden: int, n: int) -> Pair:
     return y, gelu @ second.T + exact(b2)
 
 
+def shifted(x: Array, kernel: tuple[int, int, int]) -> Array:
+    """[taps, ...]: what each tap of a convolution of that kernel meets at each place."""
+    padded = np.pad(x, [(0, 0), *((k // 2, k // 2) for k in kernel), (0, 0)])
+    t, h, w = x.shape[1:4]
+    return np.stack([padded[:, i : i + t, j : j + h, k : k + w] for i, j, k in np.ndindex(*kernel)])
+
+
+def depthwise_gradient(memory: Memory, shape: tuple[int, ...], kernel: tuple[int, int, int] = (3, 3, 3)) -> Pairs:
+    x, grad, taps, c = memory.tokens(*shape), memory.tokens(*shape), math.prod(kernel), shape[-1]
+    grad_taps, grad_bias = memory.result(taps, c, dtype="float32"), memory.result(c, dtype="float32")
+    CORE.depthwise_gradient(x, grad, *kernel, grad_taps, grad_bias)
+    wanted = np.einsum("kbthwc,bthwc->kc", shifted(exact(x), kernel), exact(grad))
+    return {"taps": (grad_taps, wanted), "bias": (grad_bias, exact(grad).sum((0, 1, 2, 3)))}
+
+
+def weight_gradient(memory: Memory, rows: int, n: int, k: int, room: int = 0, add: bool = False) -> Pairs:
+    """``room``: elements between rows, NaN."""
+    grad, x = memory.tokens(rows, n + room), memory.tokens(rows, k + room)
+    grad[:, n:] = x[:, k:] = POISON[memory.dtype]
+    w, b = memory.result(n, k, dtype="float32"), memory.result(n, dtype="float32")
+    before = memory.random.standard_normal((n, k)), memory.random.standard_normal(n)
+    if add:
+        w[...], b[...] = before
+    CORE.weight_gradient(grad[:, :n], x[:, :k], w, b, add)
+    wanted = exact(grad[:, :n]).T @ exact(x[:, :k]), exact(grad[:, :n]).sum(0)
+    return {name: (found, sums + add * old.astype(np.float32))
+            for name, found, sums, old in zip("wb", (w, b), wanted, before, strict=True)}
+
+
+def patch_embed_gradient(memory: Memory, shape: tuple[int, ...], patch: int, c: int, missing: int = 0) -> Pairs:
+    b, t, height, width = shape
+    h, w, k = height // patch, width // patch, 3 * patch * patch
+    x = memory.inside(stored(memory.random.standard_normal((b, t, 4, height, width)), "float32"), np.nan)
+    present = memory.inside(np.arange(b * t).reshape(b, t) < b * t - missing, True)
+    x[~present] = np.nan
+    grad, weight = memory.tokens(b, t, h, w, c), memory.result(c, k, dtype="float32")
+    CORE.patch_embed_gradient(grad, x, present if missing else None, memory.floats(6), patch, weight)
+    values = exact(stored(x[:, :, :3, : h * patch, : w * patch], memory.dtype))
+    values = np.where(present[:, :, None, None, None], values, 0).reshape(b, t, 3, h, patch, w, patch)
+    patches = values.transpose(0, 1, 3, 5, 2, 4, 6).reshape(-1, k)
+    return {"weight": (weight, exact(grad).reshape(-1, c).T @ patches)}
+
+
+def through_norm(x: Array, grad: Array) -> Array:
+    """The gradient of x from that of normalised(x)."""
+    xhat, deviation = normalised(x), np.sqrt(x.var(-1, keepdims=True) + LAYER_NORM_EPS)
+    return (grad - grad.mean(-1, keepdims=True) - xhat * (grad * xhat).mean(-1, keepdims=True)) / deviation
+
+
+def through_softmax(weights: Array, grad: Array) -> Array:
+    return weights * (grad - (weights * grad).sum(-1, keepdims=True))
+
+
+def attention_pool_gradient(memory: Memory, lengths: tuple[int, ...], c: int, n: int, shared: bool = True,
+                            outside: int = 0) -> Pairs:
+    """``outside``: tokens before and behind those of all samples."""
+    offsets, samples = memory.integers([outside, *accumulate(lengths, initial=outside)][1:]), len(lengths)
+    x, grad = memory.tokens(sum(lengths) + 2 * outside, c), memory.floats(samples, n, c)
+    queries = memory.floats(*([] if shared else [samples]), n, c, scale=2 / math.sqrt(c))
+    grad_x, grad_queries = memory.result(*x.shape), memory.result(*queries.shape, dtype="float32")
+    CORE.attention_pool_gradient(grad, x, queries, offsets, LAYER_NORM_EPS, grad_x, grad_queries)
+    wanted_x, wanted = np.zeros(x.shape), np.zeros(grad.shape)
+    for s, u in enumerate(np.broadcast_to(exact(queries), grad.shape)):
+        own, g = slice(offsets[s], offsets[s + 1]), exact(grad[s])
+        if lengths[s]:
+            xhat = normalised(exact(x[own]))
+            weights = softmax(u @ xhat.T)
+            grad_logits = through_softmax(weights, g @ xhat.T)
+            wanted[s] = grad_logits @ xhat
+            wanted_x[own] = through_norm(exact(x[own]), weights.T @ g + grad_logits.T @ u)
+    return {"x": (grad_x, wanted_x), "queries": (grad_queries, wanted.sum(0) if shared else wanted)}
+
+
+def window_attention_pool_gradient(memory: Memory, grid: tuple[int, int], corners: tuple[tuple[int, ...], ...], c: int,
+                                   heads: int, window: int) -> Pairs:
+    width = c // heads
+    matrices = [memory.weights(1, c, c), memory.weights(heads, width, c), memory.weights(heads, width, c),
+                memory.weights(1, c, c)]
+    (query, wq), (keys, wk), (values, wv), (out, wp) = matrices
+    turned = [memory.repacked(w) for _, w in matrices]
+    bq, bp = memory.floats(c), memory.floats(c)
+    x = memory.tokens(len(corners), *grid, c)
+    places = np.arange(x.size // c).reshape(*x.shape[:3], 1)
+    where = np.concatenate([windows_of(p, r, window) for p, r in zip(places, corners, strict=True)])[..., 0]
+    grad, grad_x = memory.tokens(len(where), c), memory.result(*x.shape)
+    sums = [memory.result(*shape, dtype="float32") for shape in ((c, c), (c,), (c, c), (c, c), (c,), (c, c), (c,))]
+    CORE.window_attention_pool_gradient(grad, x, memory.integers(corners),
+                                        [query, bq, turned[1], values, out, bp, turned[0], keys, turned[2], turned[3]],
+                                        heads, window, LAYER_NORM_EPS, grad_x, sums)
+    tokens, g = exact(x).reshape(-1, c)[where], exact(grad)
+    mean, xhat, wq, wp = tokens.mean(1), normalised(tokens), wq[0], wp[0]
+    q = (normalised(mean) @ wq.T + exact(bq)).reshape(-1, heads, width)
+    folded = np.einsum("mhd,hdc->mhc", q, wk)
+    weights = softmax(folded @ xhat.swapaxes(1, 2))
+    pooled = weights @ xhat
+    attended = np.einsum("mhc,hdc->mhd", pooled, wv).reshape(-1, c)
+    grad_heads = (g @ wp).reshape(q.shape)
+    grad_pooled = np.einsum("mhd,hdc->mhc", grad_heads, wv)
+    grad_logits = through_softmax(weights, grad_pooled @ xhat.swapaxes(1, 2))
+    grad_folded = grad_logits @ xhat
+    grad_q = np.einsum("mhc,hdc->mhd", grad_folded, wk).reshape(-1, c)
+    grad_xhat = weights.swapaxes(1, 2) @ grad_pooled + grad_logits.swapaxes(1, 2) @ folded
+    of_mean = g + through_norm(mean, grad_q @ wq)
+    wanted = np.zeros((x.size // c, c))
+    wanted[where] = through_norm(tokens, grad_xhat) + of_mean[:, None] / window**2
+    expected = {
+        "query": grad_q.T @ normalised(mean), "query_bias": grad_q.sum(0),
+        "keys": np.einsum("mhd,mhc->hdc", q, grad_folded).reshape(c, c),
+        "values": np.einsum("mhd,mhc->hdc", grad_heads, pooled).reshape(c, c),
+        "values_bias": grad_heads.reshape(-1, c).sum(0), "out": g.T @ attended, "out_bias": g.sum(0)}
+    return {"x": (grad_x, wanted.reshape(x.shape))} | {
+        name: (found, expected[name]) for name, found in zip(expected, sums, strict=True)}
+
+
 class Op(NamedTuple):
     """``roundings`` to the dtype between arguments and result, and the terms of the longest sum."""
 
-    call: Callable[..., Pair]
+    call: Callable[..., Any]  # a Pair, or of a gradient Pairs
     roundings: int
     terms: int
     cases: list[dict[str, Any]]  # the smallest first
@@ -250,6 +372,26 @@ OPS = {
         {"rows": 1, "c": 1, "hidden": 1, "n": 1}, {"rows": 37, "c": 20, "hidden": 45, "n": 33},
         {"rows": 1050, "c": 5, "hidden": 6, "n": 3}]),
 }
+# Every result of a gradient is compared; ``terms`` and ``roundings`` are those of the one that has most.
+GRADIENTS = {
+    "depthwise_gradient": Op(depthwise_gradient, 0, 100, [
+        {"shape": (1, 1, 1, 1, 1)}, {"shape": (2, 3, 3, 5, 45)}, {"shape": (1, 6, 9, 2, 290)},
+        {"shape": (2, 4, 3, 2, 79), "kernel": (3, 1, 1)}, {"shape": (1, 2, 4, 9, 24), "kernel": (1, 3, 5)}]),
+    "weight_gradient": Op(weight_gradient, 0, 1100, [
+        {"rows": 1, "n": 1, "k": 1}, {"rows": 37, "n": 45, "k": 33, "room": 5}, {"rows": 1100, "n": 9, "k": 70},
+        {"rows": 0, "n": 3, "k": 5}, {"rows": 31, "n": 33, "k": 17, "add": True}]),
+    "patch_embed_gradient": Op(patch_embed_gradient, 0, 600, [
+        {"shape": (1, 1, 3, 2), "patch": 2, "c": 1}, {"shape": (2, 2, 9, 13), "patch": 4, "c": 33, "missing": 1},
+        {"shape": (1, 1, 62, 40), "patch": 2, "c": 7}]),
+    "attention_pool_gradient": Op(attention_pool_gradient, 1, 700, [
+        {"lengths": (1,), "c": 5, "n": 1}, {"lengths": (5, 0, 40, 0, 17), "c": 29, "n": 11, "outside": 3},
+        {"lengths": (3, 700), "c": 33, "n": 3, "shared": False}, {"lengths": (9,), "c": 64, "n": 8}]),
+    "window_attention_pool_gradient": Op(window_attention_pool_gradient, 8, 600, [
+        {"grid": (1, 1), "corners": ((0, 1, 0, 1),), "c": 6, "heads": 1, "window": 1},
+        {"grid": (5, 7), "corners": RECTANGLES, "c": 40, "heads": 4, "window": 2},
+        {"grid": (7, 6), "corners": ((1, 7, 0, 6), (0, 3, 3, 6)), "c": 33, "heads": 3, "window": 3},
+        {"grid": (23, 46), "corners": ((0, 23, 0, 46),), "c": 16, "heads": 2, "window": 1}]),
+}
 CASES = [pytest.param(op, case, id=f"{name}-{i}") for name, op in OPS.items() for i, case in enumerate(op.cases)]
 
 
@@ -267,12 +409,28 @@ def test_close_to_float64_and_inside_its_arguments(op: Op, case: dict[str, Any],
     assert not memory.overrun()
 
 
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("dtype", POISON)
+@pytest.mark.parametrize(("op", "case"), [pytest.param(op, case, id=f"{name}-{i}") for name, op in GRADIENTS.items()
+                                          for i, case in enumerate(op.cases)])
+def test_gradients_close_to_float64_and_inside_their_arguments(op: Op, case: dict[str, Any], dtype: str,
+                                                               tier: str) -> None:
+    memory = Memory(dtype)
+    with core_module.tier(CORE, tier):
+        results = op.call(memory, **case)
+    limit = op.roundings * EPS[dtype] + math.sqrt(op.terms) * EPS["float32"]
+    for name, (y, exactly) in results.items():
+        error, allowed = np.abs(exact(y) - exactly), limit * (np.abs(exactly) + 4 * np.sqrt(np.mean(exactly**2)))
+        assert (error <= allowed).all(), f"{name}: {error.max():.2e}, {np.nanmax(error / allowed):.1f} times the limit"
+    assert not memory.overrun()
+
+
 EVERYTHING = """
 import core_module
-from test_core_ops import CORE, OPS, POISON, TIERS, Memory
+from test_core_ops import CORE, GRADIENTS, OPS, POISON, TIERS, Memory
 for tier in TIERS:
     with core_module.tier(CORE, tier):
-        for op in OPS.values():
+        for op in (*OPS.values(), *GRADIENTS.values()):
             for dtype in POISON:
                 for case in op.cases:
                     op.call(Memory(dtype), **case)

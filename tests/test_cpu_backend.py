@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from op_cases import OPS, call, in_dtype
+from op_cases import OPS, assert_as_close_as_torch, call, in_dtype, with_gradients
 from test_nn import lively
+from test_ops import SEVERAL, call_by_name, sample
 from torch import Tensor
 
 import panda_kernels
@@ -64,7 +65,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(bits(a), bits(b))
 
 
-def on_threads(count: int, function: Callable[[], Tensor]) -> Tensor:
+def on_threads(count: int, function: Callable[[], Any]) -> Any:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -124,6 +125,47 @@ def test_any_number_of_threads_gives_the_same_bits(op: str, dtype: torch.dtype, 
         inputs = inputs_of(op, case, dtype)
         one, two = (on_threads(n, partial(call, op, inputs, "cpu")) for n in (1, 2))
         assert same_bits(one, two), case
+
+
+def gradients(op: str, inputs: Inputs) -> dict[str, Tensor]:
+    return with_gradients(partial(call_by_name, op, "cpu"), inputs)[1]
+
+
+# What the backend computes itself; torch copies the rows that assemble_tokens copied.
+WITH_GRADIENT = [op for op in OPS if op != "assemble_tokens"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", WITH_GRADIENT)
+def test_gradients_close_to_float64(op: str, dtype: torch.dtype, tier: str) -> None:
+    for case in sizes(op):
+        inputs = inputs_of(op, case, dtype)
+        result = with_gradients(partial(call_by_name, op, "cpu"), inputs)
+        assert_as_close_as_torch(SPECS[op], result, inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", WITH_GRADIENT)
+def test_gradients_have_the_same_bits_on_any_number_of_threads(op: str, dtype: torch.dtype, tier: str) -> None:
+    for case in sizes(op):
+        inputs = inputs_of(op, case, dtype)
+        one, two = (on_threads(n, partial(gradients, op, inputs)) for n in (1, 2))
+        assert [name for name in one if not same_bits(one[name], two[name])] == [], case
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("op", "case"), [(op, case) for op, case in SEVERAL if op in WITH_GRADIENT])
+def test_a_sample_has_the_same_gradient_alone_and_in_a_batch(op: str, case: str, dtype: torch.dtype, tier: str) -> None:
+    inputs = inputs_of(op, case, dtype)
+    y = call(op, inputs, "cpu")
+    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    _, batch = with_gradients(partial(call_by_name, op, "cpu"), inputs, cotangent)
+    for i in range(2):
+        alone, where, out = sample(op, inputs, i)
+        alone = inputs | {name: inputs[name][own] for name, own in where.items()} | alone
+        _, own_grads = with_gradients(partial(call_by_name, op, "cpu"), alone, cotangent[out])
+        for name, own in where.items():
+            assert name not in batch or same_bits(own_grads[name], batch[name][own]), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -193,6 +235,20 @@ def test_stays_inside_its_arguments(op: str, dtype: torch.dtype, tier: str, pois
         with monkeypatch.context() as clean:
             clean.undo()
             assert same_bits(call(op, inputs, "cpu"), inside), case
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", WITH_GRADIENT)
+def test_gradients_stay_inside_their_arguments(op: str, dtype: torch.dtype, tier: str, poison: Poison,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    for case in sizes(op):
+        inputs = inputs_of(op, case, dtype)
+        inside = gradients(op, {name: Poison.around(value) for name, value in inputs.items()})
+        assert poison.allocated and not poison.overrun(), case
+        with monkeypatch.context() as clean:
+            clean.undo()
+            outside = gradients(op, inputs)
+        assert [name for name in inside if not same_bits(inside[name], outside[name])] == [], case
 
 
 def test_poison_is_seen(poison: Poison) -> None:

@@ -90,17 +90,55 @@ def image_arguments() -> Arguments:
                                 "clip_pooled": torch.empty(0, 2, 16)}
 
 
+def depthwise_gradient_arguments() -> Arguments:
+    return {"x": torch.zeros(GRID), "grad": torch.zeros(GRID), "kt": 3, "kh": 3, "kw": 3,
+            "taps": torch.empty(27, 16), "bias": torch.empty(16)}
+
+
+def patch_gradient_arguments() -> Arguments:
+    arguments = patch_arguments()
+    del arguments["y"]
+    return arguments | {"grad": torch.zeros(GRID), "weight": torch.empty(16, 48)}
+
+
+def pool_gradient_arguments() -> Arguments:
+    arguments = pool_arguments()
+    del arguments["z"]
+    return arguments | {"grad": torch.zeros(2, 3, 16), "grad_x": torch.empty(9, 16), "grad_queries": torch.empty(3, 16)}
+
+
+def window_pool_gradient_arguments() -> Arguments:
+    arguments = window_pool_arguments()
+    del arguments["y"]
+    back = [packed(16, 16), packed(2, 8, 16), packed(2, 8, 16, transposed=True), packed(16, 16)]
+    sums = [torch.empty(16, *more) for more in ((16,), (), (16,), (16,), (), (16,), ())]
+    return arguments | {"grad": torch.zeros(8, 16), "weights": arguments["weights"] + back,
+                        "grad_x": torch.empty(2, 4, 6, 16), "sums": sums}
+
+
+def product_arguments() -> Arguments:
+    return {"x": torch.zeros(5, 24), "w": packed(16, 24), "bias": torch.zeros(16), "residual": torch.zeros(5, 16),
+            "y": torch.empty(5, 16)}
+
+
+def weight_gradient_arguments() -> Arguments:
+    return {"grad": torch.zeros(5, 16), "x": torch.zeros(5, 24), "w": torch.empty(16, 24), "b": torch.empty(16)}
+
+
+GRID = (1, 2, 4, 6, 16)
 ARGUMENTS: dict[str, Callable[[], Arguments]] = {
     "pack": pack_arguments, "depthwise_conv3d": depthwise_arguments, "patch_embed": patch_arguments,
     "local_encoding": encoding_arguments, "attention_pool": pool_arguments,
     "window_attention_pool": window_pool_arguments, "assemble_tokens": assemble_arguments, "linear": linear_arguments,
-    "token_mlp": mlp_arguments, "stab_tower": tower_arguments}
+    "token_mlp": mlp_arguments, "stab_tower": tower_arguments, "depthwise_gradient": depthwise_gradient_arguments,
+    "patch_embed_gradient": patch_gradient_arguments, "attention_pool_gradient": pool_gradient_arguments,
+    "window_attention_pool_gradient": window_pool_gradient_arguments, "product": product_arguments,
+    "weight_gradient": weight_gradient_arguments}
 
 NOT_RECTANGLES = [rectangles(3, 0, 2, 6), rectangles(1, 2, 2, 6), rectangles(1, 4, 5, 6), rectangles(-1, 2, 2, 6),
                   rectangles(1, 4, -2, 2), rectangles(2**62, -2**62, 2, 6), torch.tensor([[0, 4, 0, 6]]),
                   rectangles(1, 4, 2, 6).int(), rectangles(1, 4, 2, 6).T.contiguous().T]
 OUTSIDE = [*NOT_RECTANGLES, rectangles(1, 5, 2, 6), rectangles(1, 4, 3, 7)]
-GRID = (1, 2, 4, 6, 16)
 PIXELS: list[Arguments] = [
     {"pixels": torch.zeros(1, 2, 3, 15, 24)}, {"pixels": torch.zeros(1, 1, 3, 16, 24)},
     {"pixels": torch.zeros(1, 2, 2, 16, 24)}, {"pixels": torch.zeros(1, 2, 3, 16, 24).half()},
@@ -113,14 +151,14 @@ def each(name: str, *values: Any) -> list[Arguments]:
     return [{name: value} for value in values]
 
 
-def damaged(op: str) -> list[Arguments]:
+def damaged(op: str, name: str = "weights") -> list[Arguments]:
     """A weight too short, too long or of another type, one after the other; too few of them; too many."""
-    weights = ARGUMENTS[op]()["weights"]
+    weights = ARGUMENTS[op]()[name]
     changes: list[Callable[[Tensor], Tensor]] = [
         lambda w: w.flatten()[:-1], lambda w: torch.cat([w, w]), lambda w: w.double()]
     lists = [[change(w) if i == k else w for k, w in enumerate(weights)] for i in range(len(weights))
              for change in changes]
-    return each("weights", [], weights[:-1], [*weights, weights[0]], *lists)
+    return each(name, [], weights[:-1], [*weights, weights[0]], *lists)
 
 
 WRONG: dict[str, list[Arguments]] = {
@@ -182,6 +220,41 @@ WRONG: dict[str, list[Arguments]] = {
         *each("tokens", torch.empty(12, 16), torch.empty(14, 16), torch.empty(13, 17), torch.empty(13, 16).bfloat16()),
         *each("clip_pooled", torch.empty(0, 2, 16), torch.empty(1, 3, 16), torch.empty(1, 32)),
         *each("frame_pooled", torch.empty(1, 2, 16), torch.empty(2, 3, 16), torch.empty(2, 2, 16).double())],
+    "depthwise_gradient": [
+        *each("x", torch.zeros(2, 4, 6, 16), torch.zeros(1, 2, 4, 16, 6).transpose(3, 4), torch.zeros(1, 2, 4, 7, 16),
+              torch.zeros(GRID).bfloat16()),
+        *each("grad", torch.zeros(1, 2, 4, 5, 16), torch.zeros(GRID).bfloat16()), *each("kw", 5, 0),
+        {"kt": -3, "kh": -3}, *each("taps", torch.empty(26, 16), torch.empty(27, 15), torch.empty(27, 16).bfloat16()),
+        *each("bias", torch.empty(15), torch.empty(16).double())],
+    "patch_embed_gradient": [
+        *PIXELS, *each("weight", torch.empty(16, 49), torch.empty(15, 48), torch.empty(16, 48).bfloat16()),
+        *each("grad", torch.zeros(1, 2, 5, 6, 16), torch.zeros(2, 2, 4, 6, 16), torch.zeros(1, 2, 4, 6, 17),
+              torch.zeros(GRID).half(), torch.zeros(1, 2, 4, 16, 6).transpose(3, 4))],
+    "attention_pool_gradient": [
+        *each("offsets", *(torch.tensor(o) for o in ([0, 4, 10], [-1, 4, 9], [0, 12, 9], [0, 4, 5, 9], [0, 9]))),
+        *each("queries", torch.zeros(2, 16), torch.zeros(1, 3, 16), torch.zeros(2, 3, 16), torch.zeros(3, 15)),
+        *each("x", torch.zeros(8, 16), torch.zeros(9, 15), torch.zeros(16, 9).T, torch.zeros(9, 16).bfloat16()),
+        *each("grad", torch.zeros(2, 4, 16), torch.zeros(1, 3, 16), torch.zeros(2, 3, 16).bfloat16()),
+        *each("grad_x", torch.empty(8, 16), torch.empty(9, 16).bfloat16(), torch.empty(3, 3, 16)),
+        *each("grad_queries", torch.empty(2, 16), torch.empty(2, 3, 16), torch.empty(3, 16).bfloat16())],
+    "window_attention_pool_gradient": [
+        *damaged("window_attention_pool_gradient"), *damaged("window_attention_pool_gradient", "sums"),
+        *each("corners", *OUTSIDE), *each("heads", 0, -2, 3, 4), *each("window", 0, -2, 1, 3),
+        *each("grad", torch.zeros(7, 16), torch.zeros(9, 16), torch.zeros(8, 16).bfloat16()),
+        *each("grad_x", torch.empty(1, 4, 6, 16), torch.empty(2, 4, 6, 16).bfloat16()),
+        *each("x", torch.zeros(2, 4, 6, 16).transpose(1, 2), torch.zeros(2, 4, 6, 17), torch.zeros(4, 6, 16))],
+    "product": [
+        *each("x", torch.zeros(4, 24), torch.zeros(5, 25), torch.zeros(24, 5).T, torch.zeros(5, 24).bfloat16(),
+              torch.zeros(5, 24).half(), torch.zeros(120)),
+        *each("w", packed(33, 24), packed(16, 25), packed(16, 24, dtype=torch.bfloat16)),
+        *each("bias", torch.zeros(15), torch.zeros(16).bfloat16()),
+        *each("residual", torch.zeros(4, 16), torch.zeros(5, 17), torch.zeros(5, 16).bfloat16(), torch.zeros(16, 5).T),
+        *each("y", torch.empty(4, 16), torch.empty(5, 40), torch.empty(5, 16).bfloat16(), torch.empty(16, 5).T)],
+    "weight_gradient": [
+        *each("grad", torch.zeros(4, 16), torch.zeros(5, 17), torch.zeros(5, 16).bfloat16(), torch.zeros(16, 5).T),
+        *each("x", torch.zeros(4, 24), torch.zeros(5, 25), torch.zeros(5, 24).bfloat16(), torch.zeros(5, 24).half()),
+        *each("w", torch.empty(16, 25), torch.empty(15, 24), torch.empty(16, 24).bfloat16(), torch.empty(24, 16).T),
+        *each("b", torch.empty(15), torch.empty(16).bfloat16())],
 }
 
 
@@ -203,6 +276,7 @@ def test_takes_what_fits(op: str) -> None:
 def test_takes_images_without_what_clips_need() -> None:
     KERNELS.stab_tower(**image_arguments())
     KERNELS.depthwise_conv3d(**depthwise_arguments() | {"bias": None})
+    KERNELS.product(**product_arguments() | {"bias": None, "residual": None})
 
 
 @pytest.mark.parametrize(("op", "wrong"), [pytest.param(op, wrong, id=f"{op}-{i}-{'-'.join(wrong)}")

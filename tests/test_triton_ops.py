@@ -28,8 +28,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PORTED = [op for op in OPS if find_spec(f"panda_kernels.backends.triton.{op}")]
 # Sizes that the specification's do not reach: several tiles along every axis, several tiles a program.
 MORE_SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    "assemble_tokens": {"many_frames": {"corners": ((0, 2, 0, 2),) * 33 + ((1, 5, 0, 7),), "channels": 130}},
     "depthwise_conv3d": {"tiles": {"shape": (5, 2, 5, 17, 8), "kernel": (1, 1, 3)},
                          "channel_tiles": {"shape": (1, 1, 1, 2, 150), "kernel": (1, 1, 1)}},
+    "patch_embed": {"wide": {"shape": (1, 2, 16, 160), "channels": 3},
+                    "many_patches": {"shape": (2, 1, 5, 35), "channels": 5, "patch": 1, "planes": 5}},
 }
 CASES = [(op, case) for op in PORTED for case in (*SPECS[op].test_sizes, *MORE_SIZES.get(op, {}))]
 LAST = [(op, list(SPECS[op].test_sizes)[-1]) for op in PORTED]

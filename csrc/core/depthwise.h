@@ -33,16 +33,30 @@ struct DepthwiseRows {
 };
 constexpr int64_t kDepthwiseChunk = 64;  // channels a work item takes
 
-inline bool is_333(const Depthwise& a) { return a.kt == 3 && a.kh == 3 && a.kw == 3; }
+template <class Op>
+inline bool is_333(const Op& a) {
+  return a.kt == 3 && a.kh == 3 && a.kw == 3;
+}
 // Rows a work item takes: few enough that the pages of all its tokens stay in the translation buffers.
 constexpr int64_t kDepthwiseRows = 8;
 
 inline int64_t depthwise_bands(const Depthwise& a) { return (a.h + kDepthwiseRows - 1) / kDepthwiseRows; }
 inline int64_t depthwise_groups(const Depthwise& a) { return (a.t + kMaxFrames - 1) / kMaxFrames; }
-inline int64_t depthwise_chunks(const Depthwise& a) { return (a.c + kDepthwiseChunk - 1) / kDepthwiseChunk; }
+inline int64_t depthwise_chunks(int64_t c) { return (c + kDepthwiseChunk - 1) / kDepthwiseChunk; }
 // What a call is cut into; any split of the items among threads gives the same bits.
 inline int64_t depthwise_items(const Depthwise& a) {
-  return a.b * (is_333(a) ? depthwise_groups(a) * depthwise_bands(a) * depthwise_chunks(a) : a.h);
+  return a.b * (is_333(a) ? depthwise_groups(a) * depthwise_bands(a) * depthwise_chunks(a.c) : a.h);
 }
+
+// Gradients of the taps and of the bias from that of the result, both of which are written.
+struct DepthwiseGradient {
+  Dtype dtype;
+  const void* x;     // [b][t][h][w][c]
+  const void* grad;  // [b][t][h][w][c]
+  float* taps;       // [kt * kh * kw][c]
+  float* bias;       // [c]
+  int64_t b, t, h, w, c;
+  int kt, kh, kw;
+};
 
 }  // namespace panda

@@ -6,15 +6,15 @@
 
 #include "kernels.h"
 #include "parallel.h"
+#include "pool_items.h"
 #include "product.h"
+#include "weight_gradient.h"
 
 namespace panda {
 
 namespace {
 
-constexpr int64_t kBlockRows = 512;   // rows whose intermediates stay in the caches
-constexpr int64_t kPoolTokens = 256;  // tokens of one partial softmax; fixed, so that no batch changes a bit
-constexpr int64_t kPoolStates = 64;   // partial results held at a time
+constexpr int64_t kBlockRows = 512;  // rows whose intermediates stay in the caches
 
 int64_t rows_for(int64_t tokens, int64_t least) { return std::max((kBlockRows + tokens - 1) / tokens, least); }
 
@@ -24,6 +24,27 @@ void depthwise_conv3d(const Depthwise& a) {
   parallel_for(depthwise_items(a), [&](int64_t first, int64_t last) { kernels().depthwise(a, first, last); });
 }
 
+// Threads share the channels, whose sums are whole: nothing is left to add up between them.
+void depthwise_gradient(const DepthwiseGradient& a) {
+  parallel_for(depthwise_chunks(a.c), [&](int64_t first, int64_t last) {
+    kernels().depthwise_gradient(a, first * kDepthwiseChunk, std::min(a.c, last * kDepthwiseChunk));
+  });
+}
+
+namespace {
+
+// Grid rows [row0, row0 + rows) of all frames as patches.
+void extract(Dtype dtype, const Pixels& pixels, int64_t h, int64_t w, int64_t row0, int64_t rows, int64_t stride,
+             char* patches) {
+  parallel_for(rows, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row)
+      kernels().patch_row(pixels, (row0 + row) / h, (row0 + row) % h, w,
+                          {dtype, patches + row * w * stride * size_of(dtype), stride});
+  });
+}
+
+}  // namespace
+
 void patch_embed(Dtype dtype, const Pixels& pixels, int64_t frames, int64_t h, int64_t w, const void* packed, int64_t c,
                  void* out) {
   const int64_t k = 3 * pixels.patch * pixels.patch, stride = padded_k(dtype, k), size = size_of(dtype);
@@ -31,12 +52,21 @@ void patch_embed(Dtype dtype, const Pixels& pixels, int64_t frames, int64_t h, i
   Scratch<char> patches(band * w * stride * size);
   for (int64_t row0 = 0; row0 < frames * h; row0 += band) {
     const int64_t rows = std::min(band, frames * h - row0);
-    parallel_for(rows, [&](int64_t first, int64_t last) {
-      for (int64_t row = first; row < last; ++row)
-        kernels().patch_row(pixels, (row0 + row) / h, (row0 + row) % h, w,
-                            {dtype, patches.data() + row * w * stride * size, stride});
-    });
+    extract(dtype, pixels, h, w, row0, rows, stride, patches.data());
     product(dtype, {patches.data(), stride, packed, k, c, static_cast<char*>(out) + row0 * w * c * size, c}, rows * w);
+  }
+}
+
+void patch_embed_gradient(Dtype dtype, const Pixels& pixels, int64_t frames, int64_t h, int64_t w, const void* grad,
+                          int64_t c, float* weight) {
+  const int64_t k = 3 * pixels.patch * pixels.patch, token = c * size_of(dtype), band = rows_for(w, 1);
+  Scratch<char> patches(band * w * k * size_of(dtype));
+  for (int64_t row = 0; row < frames * h; row += band) {
+    const int64_t rows = std::min(band, frames * h - row);
+    extract(dtype, pixels, h, w, row, rows, k, patches.data());
+    weight_gradient(
+        {dtype, static_cast<const char*>(grad) + row * w * token, c, c, patches.data(), k, k, weight, nullptr, row > 0},
+        rows * w);
   }
 }
 
@@ -71,62 +101,39 @@ void local_encoding(Dtype dtype, int64_t clips, Grid grid, const void* x0, const
 }
 
 void attention_pool(const Pooling& a) {
-  struct Item {
-    int64_t sample, first, count;
-  };
-  std::vector<Item> items;
-  for (int64_t s = 0; s < a.samples; ++s)
-    for (int64_t at = a.offsets[s]; at < a.offsets[s + 1]; at += kPoolTokens)
-      items.push_back({s, at, std::min(kPoolTokens, a.offsets[s + 1] - at)});
   const int64_t floats = pool_state_floats(a.n, a.c);
-  Scratch<float> partial(kPoolStates * floats), total(a.samples * floats);
+  Scratch<float> states(a.samples * floats);
+  const auto total = [&](int64_t sample) { return pool_state(states.data() + sample * floats, a.n); };
   const auto pool = [&](int64_t sample) { return Pool{a.dtype, a.queries + sample * a.query_stride, a.n, a.c, a.eps}; };
-  for (int64_t s = 0; s < a.samples; ++s) kernels().pool_reset(pool(s), pool_state(total.data() + s * floats, a.n));
-  for (int64_t base = 0; base < int64_t(items.size()); base += kPoolStates) {
-    const int64_t count = std::min<int64_t>(kPoolStates, int64_t(items.size()) - base);
-    parallel_for(count, [&](int64_t first, int64_t last) {
-      for (int64_t k = first; k < last; ++k) {
-        const Item& item = items[base + k];
-        const PoolState state = pool_state(partial.data() + k * floats, a.n);
+  for (int64_t s = 0; s < a.samples; ++s) kernels().pool_reset(pool(s), total(s));
+  in_order(
+      pool_items(a), floats,
+      [&](int64_t, const PoolItem& item, float* partial) {
+        const PoolState state = pool_state(partial, a.n);
         kernels().pool_reset(pool(item.sample), state);
         kernels().pool_tokens(pool(item.sample), state,
                               static_cast<const char*>(a.x) + item.first * a.c * size_of(a.dtype), item.count);
-      }
-    });
-    for (int64_t k = 0; k < count; ++k) {
-      const int64_t sample = items[base + k].sample;
-      kernels().pool_merge(pool(sample), pool_state(total.data() + sample * floats, a.n),
-                           pool_state(partial.data() + k * floats, a.n));
-    }
-  }
-  for (int64_t s = 0; s < a.samples; ++s)
-    kernels().pool_finish(pool(s), pool_state(total.data() + s * floats, a.n), a.z + s * a.n * a.c);
+      },
+      [&](const PoolItem& item, float* partial) {
+        kernels().pool_merge(pool(item.sample), total(item.sample), pool_state(partial, a.n));
+      });
+  for (int64_t s = 0; s < a.samples; ++s) kernels().pool_finish(pool(s), total(s), a.z + s * a.n * a.c);
 }
 
 void window_attention_pool(Dtype dtype, const void* x, const int64_t* corners, int64_t frames, int64_t h, int64_t w,
                            int64_t window, const WindowPoolWeights& weights, void* y) {
-  const int64_t token = weights.c * size_of(dtype);
-  std::vector<const void*> tokens;
-  std::vector<void*> out;
+  const int64_t token = weights.c * size_of(dtype), size = window * window;
+  const std::vector<int64_t> held = window_tokens_of(corners, frames, h, w, window);
+  const int64_t count = int64_t(held.size()) / size;
   WindowPool pool(dtype, weights, kBlockRows);
-  char* next = static_cast<char*>(y);
-  const auto flush = [&] {
-    pool.run(tokens.data(), nullptr, int64_t(out.size()), out.data());
-    tokens.clear();
-    out.clear();
-  };
-  for (int64_t frame = 0; frame < frames; ++frame) {
-    const int64_t* c = corners + frame * 4;
-    for (int64_t i = c[0]; i + window <= c[1]; i += window)
-      for (int64_t j = c[2]; j + window <= c[3]; j += window) {
-        for (int64_t k = 0; k < window * window; ++k)
-          tokens.push_back(static_cast<const char*>(x) + ((frame * h + i + k / window) * w + j + k % window) * token);
-        out.push_back(next);
-        next += token;
-        if (int64_t(out.size()) == kBlockRows) flush();
-      }
+  for (int64_t first = 0; first < count; first += kBlockRows) {
+    const int64_t end = std::min(count, first + kBlockRows);
+    std::vector<const void*> tokens;
+    std::vector<void*> out;
+    for (int64_t i = first * size; i < end * size; ++i) tokens.push_back(static_cast<const char*>(x) + held[i] * token);
+    for (int64_t m = first; m < end; ++m) out.push_back(static_cast<char*>(y) + m * token);
+    pool.run(tokens.data(), nullptr, end - first, out.data());
   }
-  flush();
 }
 
 void assemble_tokens(Dtype dtype, const void* y, const void* f, const void* split, const int64_t* corners,

@@ -13,9 +13,14 @@
 namespace panda {
 
 void depthwise_conv3d(const Depthwise&);
+void depthwise_gradient(const DepthwiseGradient&);
 
 // pixels -> out [frames][grid.h][grid.w][c]; `packed` is [c, 3 * patch^2].
 void patch_embed(Dtype, const Pixels&, int64_t frames, int64_t h, int64_t w, const void* packed, int64_t c, void* out);
+
+// The gradient [c][3 * patch^2] of that weight, from that of out.
+void patch_embed_gradient(Dtype, const Pixels&, int64_t frames, int64_t h, int64_t w, const void* grad, int64_t c,
+                          float* weight);
 
 // x0, out [clips][frames][h][w][c]; `squeeze` packed [r, c].
 void local_encoding(Dtype, int64_t clips, Grid, const void* x0, const void* squeeze, const float* squeeze_bias,
@@ -34,6 +39,10 @@ struct Pooling {
   float* z;
 };
 void attention_pool(const Pooling&);
+
+// Gradients of all `tokens` of x, zero where they are in no sample, and of the queries, summed over the samples that
+// share them; grad is that of z, which is not written.
+void attention_pool_gradient(const Pooling&, const float* grad, int64_t tokens, void* grad_x, float* grad_queries);
 
 // x [frames][h][w][c] and corners as in tower.h -> y [windows][c].
 void window_attention_pool(Dtype, const void* x, const int64_t* corners, int64_t frames, int64_t h, int64_t w,

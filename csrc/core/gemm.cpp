@@ -51,7 +51,15 @@ void pack_panels(const From* w, int64_t row_stride, int64_t column_stride, int64
 void pack(Dtype to, Dtype from, const void* w, int64_t row_stride, int64_t column_stride, int64_t n, int64_t k,
           void* packed) {
   const int64_t depth = padded_k(to, k);
-  if (to == Dtype::float32)
+  if (to == from && column_stride == 1)
+    parallel_for(panels(n), [&](int64_t first, int64_t last) {
+      kernels().pack_weight({to, w, row_stride, n, k, packed}, first, last);
+    });
+  else if (to == from && row_stride == 1)
+    parallel_for(panels(n), [&](int64_t first, int64_t last) {
+      kernels().pack_rows({to, w, column_stride, k, n, packed}, first, last);
+    });
+  else if (to == Dtype::float32)
     pack_panels(static_cast<const float*>(w), row_stride, column_stride, n, k, depth, static_cast<float*>(packed));
   else if (from == Dtype::float32)
     pack_panels(static_cast<const float*>(w), row_stride, column_stride, n, k, depth, static_cast<uint16_t*>(packed));

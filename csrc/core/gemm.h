@@ -31,6 +31,14 @@ constexpr int64_t packed_bytes(Dtype dtype, int64_t n, int64_t k) {
 void pack(Dtype to, Dtype from, const void* w, int64_t row_stride, int64_t column_stride, int64_t n, int64_t k,
           void* packed);
 
+// pack() of a weight [n][k] in the type it is to have, its rows contiguous and `stride` elements apart.
+struct PackedWeight {
+  Dtype dtype;
+  const void* w;
+  int64_t stride, n, k;
+  void* packed;
+};
+
 // One product. Strides are in elements. bias is float32 [n] or null, residual [rows, n] or null.
 // float32: a, c and residual are float32. bfloat16: a is bfloat16, accumulation float32, c and residual either type;
 // rows of a must be readable up to k rounded up to 32 and finite there (the packed weights are zero there).

@@ -8,6 +8,7 @@
 #include "patches.h"
 #include "pooling.h"
 #include "temporal.h"
+#include "weight_gradient.h"
 #include "windows.h"
 
 namespace panda {

@@ -7,7 +7,8 @@
 
 namespace panda {
 
-// Threads share the columns first: each reads its part of the weights once, and all of them the same rows.
+// Threads share the columns first: each reads its part of the weights once, and all of them the same rows, which are
+// cut evenly, as the threads' shares are counted in blocks.
 constexpr int64_t kRowBlock = 512;
 
 void product(Dtype dtype, const Gemm& g, int64_t rows) {
@@ -16,7 +17,7 @@ void product(Dtype dtype, const Gemm& g, int64_t rows) {
     while (first < last) {
       const int64_t block = first / across, panel = first % across;
       const int64_t end = std::min(across, panel + last - first);
-      gemm(dtype, g, block * kRowBlock, std::min(rows, (block + 1) * kRowBlock), panel, end);
+      gemm(dtype, g, block * rows / down, (block + 1) * rows / down, panel, end);
       first += end - panel;
     }
   });

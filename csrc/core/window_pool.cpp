@@ -12,6 +12,18 @@ namespace panda {
 // Windows whose folded queries, a head's [windows, c], stay in the second-level cache.
 constexpr int64_t kBlock = 64;
 
+std::vector<int64_t> window_tokens_of(const int64_t* corners, int64_t frames, int64_t h, int64_t w, int64_t window) {
+  std::vector<int64_t> tokens;
+  for (int64_t frame = 0; frame < frames; ++frame) {
+    const int64_t* c = corners + frame * 4;
+    for (int64_t i = c[0]; i + window <= c[1]; i += window)
+      for (int64_t j = c[2]; j + window <= c[3]; j += window)
+        for (int64_t k = 0; k < window * window; ++k)
+          tokens.push_back((frame * h + i + k / window) * w + j + k % window);
+  }
+  return tokens;
+}
+
 WindowPool::WindowPool(Dtype dtype, const WindowPoolWeights& weights, int64_t capacity)
     : dtype_(dtype),
       weights_(weights),

@@ -2,6 +2,7 @@
 // values projected after pooling (SPEC, "The same function, cheaper").
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "gemm.h"
 #include "scratch.h"
@@ -19,6 +20,9 @@ struct WindowPoolWeights {
   const void* out;          // packed [c, c]
   const float* out_bias;    // [c]
 };
+
+// Which tokens [frames][h][w] the windows of all rectangles hold, [windows][window^2].
+std::vector<int64_t> window_tokens_of(const int64_t* corners, int64_t frames, int64_t h, int64_t w, int64_t window);
 
 class WindowPool {
  public:

@@ -30,4 +30,32 @@ struct WindowAttention {
   int64_t size, c, stride;
 };
 
+// One head's part in the gradient: from u and grad_z, that of z, what z was, the gradient of u, and of xhat, to which
+// it is added or, by the first head, written. Numbered as in WindowAttention.
+struct WindowGradient {
+  Dtype dtype;
+  const float* u;
+  const float* grad_z;  // [m - first][c]
+  const void* xhat;
+  void* z;
+  void* grad_u;      // [m - first][stride]
+  float* grad_xhat;  // [m][size][c]
+  bool add;
+  int64_t size, c, stride;
+};
+
+// Through the norms of WindowTokens and the mean, which the result is also added to: places[m * size + j] receives the
+// gradient of tokens[m * size + j].
+struct WindowTokensGradient {
+  Dtype dtype;
+  const void* const* tokens;
+  const void* grad;        // [m][c], of the result
+  const float* mean;       // [m][c]
+  const float* grad_mean;  // [m][c], of the mean normalised
+  const float* grad_xhat;
+  void* const* places;
+  int64_t size, c;
+  float eps;
+};
+
 }  // namespace panda

@@ -22,9 +22,7 @@ def floats(x: Tensor) -> Tensor:
 
 def fold_norm(scale: Tensor, shift: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """A product ``[n, k]`` with the affine of the norm before it: its weight and what it adds, float32."""
-    precise = weight.double()
-    added = precise @ shift.double()
-    return (precise * scale.double()).float(), added.float()
+    return weight.float() * scale.float(), (weight.double() @ shift.double()).float()
 
 
 def pack(weight: Tensor, dtype: torch.dtype, *, transposed: bool = False) -> Tensor:
@@ -35,6 +33,21 @@ def pack(weight: Tensor, dtype: torch.dtype, *, transposed: bool = False) -> Ten
     packed = torch.empty(matrices * kernels.packed_bytes(dtype == torch.bfloat16, n, k), dtype=torch.uint8)
     kernels.pack(stack, matrices, transposed, packed)
     return packed
+
+
+def product(x: Tensor, packed: Tensor, outputs: int, *, bias: Tensor | None = None,
+            residual: Tensor | None = None) -> Tensor:
+    """``x w^T + bias + residual`` for rows ``x [rows, k]`` and a packed weight ``[outputs, k]``."""
+    y = torch.empty(x.shape[0], outputs, dtype=x.dtype)
+    kernels.product(x, packed, bias, residual, y)
+    return y
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``grad^T x`` and the sum of the rows of ``grad``, float32, in an order that threads do not change."""
+    weight, bias = torch.empty(grad.shape[1], x.shape[1]), torch.empty(grad.shape[1])
+    kernels.weight_gradient(grad, x, weight, bias)
+    return weight, bias
 
 
 def tap_rows(weight: Tensor, *, residual: bool) -> Tensor:

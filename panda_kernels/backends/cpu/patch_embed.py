@@ -6,9 +6,9 @@ import functools
 import torch
 from torch import Tensor
 
-from ..torch.patch_embed import CLIP_MEAN, CLIP_STD
+from ..torch.patch_embed import CLIP_MEAN, CLIP_STD, _missing, _whole
 from . import refusals  # noqa: F401
-from ._arrays import compute_dtype, kernels, pack
+from ._arrays import array, compute_dtype, kernels, pack, product
 
 
 @functools.cache
@@ -31,3 +31,22 @@ def fwd(pixels: Tensor, weight: Tensor, present: Tensor | None) -> Tensor:
     kernels.patch_embed(readable(pixels), None if present is None else present.contiguous(), normalisation(), patch,
                         pack(weight.flatten(1), dtype), y)
     return y.to(weight.dtype)
+
+
+def bwd(grad: Tensor, pixels: Tensor, weight: Tensor, present: Tensor | None, *,
+        needs: list[bool]) -> list[Tensor | None]:
+    grad_pixels = grad_weight = None
+    grads, dtype, values = array(grad), compute_dtype(weight.dtype), weight[0].numel()
+    if needs[0]:
+        back = pack(weight.flatten(1), dtype, transposed=True)
+        patches = product(grads.view(-1, grads.shape[-1]), back, values).view(*grad.shape[:-1], *weight.shape[1:])
+        if present is not None:
+            patches = patches.masked_fill(_missing(present), 0.0)
+        grad_pixels = pixels.new_zeros(pixels.shape)
+        _whole(grad_pixels, weight).copy_(patches)
+    if needs[1]:
+        sums = torch.empty(len(weight), values)
+        kernels.patch_embed_gradient(grads, readable(pixels), None if present is None else present.contiguous(),
+                                     normalisation(), weight.shape[-1], sums)
+        grad_weight = sums.view(weight.shape).to(weight.dtype)
+    return [grad_pixels, grad_weight]

@@ -2,10 +2,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import refusals  # noqa: F401
-from ._arrays import array, compute_dtype, floats, kernels, pack
+from ._arrays import array, compute_dtype, floats, kernels, pack, product, weight_gradient
 
 Prepared = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -26,3 +27,16 @@ def run(prepared: Prepared, x: Tensor) -> Tensor:
     y = torch.empty(tokens.shape[0], len(prepared[3]), dtype=tokens.dtype)
     kernels.token_mlp(tokens, *prepared, y)
     return y.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+def bwd(grad: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *,
+        needs: list[bool]) -> list[Tensor | None]:
+    dtype, tokens, grads = compute_dtype(x.dtype), array(x).reshape(-1, x.shape[-1]), array(grad).reshape(-1, len(w2))
+    hidden = product(tokens, pack(w1, dtype), len(w1), bias=floats(b1))
+    grad_w2, grad_b2 = weight_gradient(grads, F.gelu(hidden))
+    grad_gelu = product(grads, pack(w2, dtype, transposed=True), len(w1))
+    grad_hidden = torch.ops.aten.gelu_backward(grad_gelu, hidden)
+    del hidden, grad_gelu
+    grad_w1, grad_b1 = weight_gradient(grad_hidden, tokens)
+    grad_x = product(grad_hidden, pack(w1, dtype, transposed=True), x.shape[-1]).view(x.shape) if needs[0] else None
+    return [None if g is None else g.to(x.dtype) for g in (grad_x, grad_w1, grad_b1, grad_w2, grad_b2)]

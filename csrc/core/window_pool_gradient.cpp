@@ -1,0 +1,166 @@
+#include "window_pool_gradient.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "kernels.h"
+#include "parallel.h"
+#include "product.h"
+#include "weight_gradient.h"
+
+namespace panda {
+
+namespace {
+
+constexpr int64_t kChunk = 512;  // windows whose intermediates exist at a time
+constexpr int64_t kBlock = 64;   // windows that a thread takes through all heads
+
+class ChunkGradient {
+ public:
+  ChunkGradient(Dtype dtype, const WindowPoolWeights& weights, const WindowPoolReturn& back, int64_t capacity)
+      : dtype_(dtype),
+        size_(size_of(dtype)),
+        c_(weights.c),
+        stride_(padded_k(dtype, weights.c)),
+        width_(weights.c / weights.heads),
+        capacity_(capacity),
+        w_(weights),
+        back_(back),
+        grad_rows_(dtype, capacity, weights.c),
+        xhat_(capacity * weights.size * stride_ * size_),
+        normalised_(row_bytes()),
+        query_(row_bytes()),
+        heads_(row_bytes()),
+        grad_heads_(row_bytes()),
+        grad_query_(row_bytes()),
+        pooled_(weights.heads * row_bytes()),
+        grad_folded_(weights.heads * row_bytes()),
+        mean_(capacity * c_),
+        grad_normalised_(capacity * c_),
+        grad_xhat_(capacity * weights.size * c_) {
+    for (const Scratch<char>* rows : {&query_, &heads_, &grad_heads_, &grad_query_})
+      std::memset(rows->data(), 0, row_bytes());
+  }
+
+  // grad [count][c]; places[m * size + j] receives the gradient of tokens[m * size + j].
+  void run(const void* grad, const void* const* tokens, void* const* places, int64_t count, const WindowPoolSums& sums,
+           bool add) {
+    const WindowTokens windows{dtype_,  tokens, nullptr,      w_.size,      c_,
+                               stride_, w_.eps, xhat_.data(), mean_.data(), normalised_.data()};
+    parallel_for(count, [&](int64_t first, int64_t last) { kernels().window_tokens(windows, first, last); });
+    multiply(normalised_.data(), w_.query, w_.query_bias, query_.data(), count);
+    multiply(grad_rows_.get(grad, c_, count), back_.out, nullptr, grad_heads_.data(), count);
+    parallel_for((count + kBlock - 1) / kBlock, [&](int64_t first, int64_t last) {
+      for (int64_t block = first; block < last; ++block)
+        for (int64_t head = 0; head < w_.heads; ++head)
+          through_head(head, block * kBlock, std::min(count, (block + 1) * kBlock));
+    });
+    Gemm g{grad_query_.data(), stride_, back_.query, c_, c_, grad_normalised_.data(), c_};
+    g.c_is_float = true;
+    product(dtype_, g, count);
+    const WindowTokensGradient out{dtype_, tokens,  grad, mean_.data(), grad_normalised_.data(), grad_xhat_.data(),
+                                   places, w_.size, c_,   w_.eps};
+    parallel_for(count, [&](int64_t first, int64_t last) { kernels().window_tokens_gradient(out, first, last); });
+    add_sums(grad, count, sums, add);
+  }
+
+ private:
+  int64_t row_bytes() const { return capacity_ * stride_ * size_; }
+
+  void multiply(const void* rows, const void* weight, const float* bias, void* to, int64_t count) const {
+    Gemm g{rows, stride_, weight, c_, c_, to, stride_};
+    g.bias = bias;
+    product(dtype_, g, count);
+  }
+
+  // Rows from `first` on of a head's slice of channels.
+  char* slice(const Scratch<char>& rows, int64_t first, int64_t head) const {
+    return rows.data() + (first * stride_ + head * width_) * size_;
+  }
+
+  // A slice by a packed [c, width]: float [count][c].
+  void spread(const Scratch<char>& rows, int64_t first, int64_t count, int64_t head, const void* weights,
+              float* to) const {
+    const ProductRows input(dtype_, count, width_);
+    const char* packed = static_cast<const char*>(weights) + head * packed_bytes(dtype_, c_, width_);
+    Gemm g{input.get(slice(rows, first, head), stride_, count), input.stride(stride_), packed, width_, c_, to, c_};
+    g.c_is_float = true;
+    gemm(dtype_, g, 0, count, 0, panels(c_));
+  }
+
+  // Rows of all channels by a packed [width, c], into a slice.
+  void gather(const char* rows, int64_t count, int64_t head, const void* weights, const Scratch<char>& to,
+              int64_t first) const {
+    const char* packed = static_cast<const char*>(weights) + head * packed_bytes(dtype_, width_, c_);
+    const Gemm g{rows, stride_, packed, c_, width_, slice(to, first, head), stride_};
+    gemm(dtype_, g, 0, count, 0, panels(width_));
+  }
+
+  void through_head(int64_t head, int64_t first, int64_t last) const {
+    const int64_t count = last - first;
+    Scratch<float> folded(kBlock * c_), grad_pooled(kBlock * c_);
+    spread(query_, first, count, head, w_.keys, folded.data());
+    spread(grad_heads_, first, count, head, back_.values, grad_pooled.data());
+    char* pooled = pooled_.data() + head * row_bytes() + first * stride_ * size_;
+    char* grad_folded = grad_folded_.data() + head * row_bytes() + first * stride_ * size_;
+    kernels().window_gradient({dtype_, folded.data(), grad_pooled.data(), xhat_.data(), pooled, grad_folded,
+                               grad_xhat_.data(), head > 0, w_.size, c_, stride_},
+                              first, last);
+    gather(pooled, count, head, w_.values, heads_, first);
+    gather(grad_folded, count, head, back_.keys, grad_query_, first);
+  }
+
+  void add_sums(const void* grad, int64_t count, const WindowPoolSums& sums, bool add) const {
+    const auto of = [&](const void* grads, int64_t grad_stride, int64_t n, const char* x, float* w, float* b) {
+      weight_gradient({dtype_, grads, grad_stride, n, x, stride_, c_, w, b, add}, count);
+    };
+    of(grad, c_, c_, heads_.data(), sums.out, sums.out_bias);
+    of(grad_query_.data(), stride_, c_, normalised_.data(), sums.query, sums.query_bias);
+    for (int64_t head = 0; head < w_.heads; ++head) {
+      const int64_t at = head * width_;
+      of(slice(query_, 0, head), stride_, width_, grad_folded_.data() + head * row_bytes(), sums.keys + at * c_,
+         nullptr);
+      of(slice(grad_heads_, 0, head), stride_, width_, pooled_.data() + head * row_bytes(), sums.values + at * c_,
+         sums.values_bias + at);
+    }
+  }
+
+  Dtype dtype_;
+  int64_t size_, c_, stride_, width_, capacity_;
+  const WindowPoolWeights& w_;
+  const WindowPoolReturn& back_;
+  ProductRows grad_rows_;
+  Scratch<char> xhat_, normalised_, query_, heads_, grad_heads_, grad_query_;
+  Scratch<char> pooled_, grad_folded_;  // [heads][capacity][stride]
+  Scratch<float> mean_, grad_normalised_, grad_xhat_;
+};
+
+}  // namespace
+
+void window_attention_pool_gradient(Dtype dtype, const void* grad, const void* x, const int64_t* corners,
+                                    int64_t frames, int64_t h, int64_t w, int64_t window,
+                                    const WindowPoolWeights& weights, const WindowPoolReturn& back, void* grad_x,
+                                    const WindowPoolSums& sums) {
+  const int64_t token = weights.c * size_of(dtype), frame = h * w * token;
+  parallel_for(frames, [&](int64_t first, int64_t last) {
+    std::memset(static_cast<char*>(grad_x) + first * frame, 0, (last - first) * frame);
+  });
+  const std::vector<int64_t> tokens = window_tokens_of(corners, frames, h, w, window);
+  const int64_t size = window * window, count = int64_t(tokens.size()) / size;
+  ChunkGradient chunk(dtype, weights, back, std::min(count, kChunk));
+  std::vector<const void*> from;
+  std::vector<void*> to;
+  for (int64_t first = 0; first < count; first += kChunk) {
+    const int64_t windows = std::min(kChunk, count - first);
+    from.clear();
+    to.clear();
+    for (int64_t i = first * size; i < (first + windows) * size; ++i) {
+      from.push_back(static_cast<const char*>(x) + tokens[i] * token);
+      to.push_back(static_cast<char*>(grad_x) + tokens[i] * token);
+    }
+    chunk.run(static_cast<const char*>(grad) + first * token, from.data(), to.data(), windows, sums, first > 0);
+  }
+}
+
+}  // namespace panda

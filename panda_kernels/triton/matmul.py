@@ -1,0 +1,108 @@
+"""Products of token rows with a weight, with what follows them in the epilogue.
+
+Written by hand, rather than left to the vendor's library, for two reasons: the epilogues, and that a row's result must
+have the same bits in any company, while a library chooses its blocking by the number of rows. So the tile depends on
+the dtype alone, and K is summed in one order. The floor is the tensor cores: at 128 x 128 x 64 two programs share a
+multiprocessor of an H100, one multiplying while the other loads or ends. Tiles are taken in groups of eight rows, so
+that those running together share their operands in L2.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import Config, launch
+from ._precision import input_precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile(Config):
+    block_m: int
+    block_n: int
+    block_k: int
+
+
+def tile(dtype: torch.dtype) -> Tile:
+    if dtype == torch.float32:  # without tensor cores: registers hold less, and 16 bytes are four numbers
+        return Tile(block_m=128, block_n=64, block_k=16, threads=256, num_stages=3)
+    return Tile(block_m=128, block_n=128, block_k=64, threads=256, num_stages=3)
+
+
+@triton.jit
+def place(pid, M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First row and column of a program's tile, in groups of eight tiles of rows."""
+    N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    first = pid // (8 * N_TILES) * 8
+    size = tl.minimum(tl.cdiv(M, BLOCK_M) - first, 8)
+    within = pid % (8 * N_TILES)
+    return (first + within % size) * BLOCK_M, within // size * BLOCK_N
+
+
+@triton.jit
+def accumulate(a, m, inside, offsets, b, n, A_WIDTH: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+               B_K: tl.constexpr, B_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+    """Float32 sums over K for the same columns ``n[1, BLOCK_N]`` of several blocks of rows, a tuple.
+
+    The rows are ``m[BLOCK_M, 1] + offset`` of ``a[:, A_WIDTH]`` for each of the ``offsets``, int64, zero where not
+    ``inside``; element ``[k, n]`` of the weight lies at ``b + k * B_K + n * B_N``.
+    """
+    k = tl.arange(0, BLOCK_K)
+    blocks = a + (m * A_WIDTH + k[None, :])
+    weights = b + (k[:, None] * B_K + n * B_N)
+    sums = (tl.zeros([m.shape[0], n.shape[1]], tl.float32),) * len(offsets)
+    for k0 in range(0, K, BLOCK_K):
+        weight = tl.load(weights + k0 * B_K, mask=(k < K - k0)[:, None] & (n < N), other=0.0)
+        for i in tl.static_range(len(offsets)):
+            block = tl.load(blocks + (offsets[i] * A_WIDTH + k0), mask=inside & (k < A_WIDTH - k0)[None, :], other=0.0)
+            added = tl.dot(block, weight, sums[i], input_precision=PRECISION)
+            sums = sums[:i] + (added,) + sums[i + 1:]  # noqa: RUF005 - Triton knows no other way
+    return sums
+
+
+@triton.jit
+def bias_row(bias, n, N: tl.constexpr):
+    return tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def normal_cdf(x):
+    return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+
+
+@triton.jit(do_not_specialize=["M"])
+def product(a, b, bias, residual, y, M, N: tl.constexpr, K: tl.constexpr, A_WIDTH: tl.constexpr, B_K: tl.constexpr,
+            B_N: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
+            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """``y[M, N] = gelu(a b + bias) + residual``, each of the three if it is asked for."""
+    m0, n0 = place(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
+    m = (m0 + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
+    n = n0 + tl.arange(0, BLOCK_N)[None, :]
+    result = accumulate(a, m, m < M, (0,), b, n, A_WIDTH, N, K, B_K, B_N, BLOCK_K, PRECISION)[0]
+    if bias is not None:
+        result += bias_row(bias, n, N)
+    if GELU:
+        result *= normal_cdf(result)
+    inside = (m < M) & (n < N)
+    if residual is not None:
+        result += tl.load(residual + m * N + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + m * N + n, result.to(y.dtype.element_ty), mask=inside)
+
+
+def multiply(a: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None,
+             transposed: bool = False, gelu: bool = False) -> Tensor:
+    """``gelu(a weight^T + bias) + residual`` for rows ``a[M, K]``; ``a weight`` if ``transposed``.
+
+    Tensors are contiguous, of one dtype but for the bias. ``a`` may have more columns than the weight has numbers for;
+    they must be zero.
+    """
+    K, N = weight.shape if transposed else weight.shape[::-1]
+    M, config = a.shape[0], tile(a.dtype)
+    y = torch.empty(M, N, dtype=a.dtype, device=a.device)
+    launch(product, triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n), config, a=a, b=weight, bias=bias,
+           residual=residual, y=y, M=M, N=N, K=K, A_WIDTH=a.shape[1], B_K=N if transposed else 1,
+           B_N=1 if transposed else K, GELU=gelu, PRECISION=input_precision(a.dtype))
+    return y
