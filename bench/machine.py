@@ -40,7 +40,7 @@ class Peaks:
 
 
 def measure_peaks(device: str) -> Peaks:
-    """Takes a few seconds and, for the large copy, at most a quarter of the free memory. On a GPU its L2 is the cache."""
+    """Takes a few seconds and, for the large copy, at most a quarter of the free memory; a GPU's cache is its L2."""
     cache = _l3_bytes() if device == "cpu" else torch.cuda.get_device_properties(device).L2_cache_size
     free = _free_bytes() if device == "cpu" else torch.cuda.mem_get_info()[0]
     large = min(max(256 * MIB, 2 * cache), free // 8)

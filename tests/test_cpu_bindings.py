@@ -122,7 +122,8 @@ def product_arguments() -> Arguments:
 
 
 def weight_gradient_arguments() -> Arguments:
-    return {"grad": torch.zeros(5, 16), "x": torch.zeros(5, 24), "w": torch.empty(16, 24), "b": torch.empty(16)}
+    return {"grad": torch.zeros(5, 16), "x": torch.zeros(5, 24), "add": False, "w": torch.empty(16, 24),
+            "b": torch.empty(16)}
 
 
 GRID = (1, 2, 4, 6, 16)

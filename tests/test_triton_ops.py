@@ -29,10 +29,20 @@ PORTED = [op for op in OPS if find_spec(f"panda_kernels.backends.triton.{op}")]
 # Sizes that the specification's do not reach: several tiles along every axis, several tiles a program.
 MORE_SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "assemble_tokens": {"many_frames": {"corners": ((0, 2, 0, 2),) * 33 + ((1, 5, 0, 7),), "channels": 130}},
+    "attention_pool": {"pieces": {"batch": 2, "tokens": 300, "channels": 150, "queries": 9},
+                       "many_pieces": {"batch": 1, "tokens": 4130, "channels": 8, "queries": 1},
+                       "long_samples": {"lengths": (290, 0, 31, 513), "channels": 136, "queries": 2},
+                       "many_samples": {"lengths": (2, 0, 0, 0, 0) * 26, "channels": 8, "queries": 1}},
     "depthwise_conv3d": {"tiles": {"shape": (5, 2, 5, 17, 8), "kernel": (1, 1, 3)},
                          "channel_tiles": {"shape": (1, 1, 1, 2, 150), "kernel": (1, 1, 1)}},
+    "local_encoding": {"tiles": {"shape": (2, 2, 7, 5, 100)}, "long_clip": {"shape": (1, 5, 1, 2, 24)}},
     "patch_embed": {"wide": {"shape": (1, 2, 16, 160), "channels": 3},
                     "many_patches": {"shape": (2, 1, 5, 35), "channels": 5, "patch": 1, "planes": 5}},
+    "token_mlp": {"tiles": {"shape": (1100, 8), "hidden": 130}},
+    "window_attention_pool": {"many_frames": {"grid": (2, 3), "corners": ((0, 2, 0, 3),) * 65 + ((0, 2, 1, 3),),
+                                              "channels": 34, "num_heads": 1},
+                              "two_heads": {"grid": (3, 35), "corners": ((0, 2, 1, 35),), "channels": 66,
+                                            "num_heads": 2}},
 }
 CASES = [(op, case) for op in PORTED for case in (*SPECS[op].test_sizes, *MORE_SIZES.get(op, {}))]
 LAST = [(op, list(SPECS[op].test_sizes)[-1]) for op in PORTED]

@@ -13,7 +13,7 @@ namespace panda {
 
 namespace {
 
-constexpr int64_t kChunk = 512;  // windows whose intermediates exist at a time
+constexpr int64_t kChunk = 256;  // windows whose intermediates exist at a time
 constexpr int64_t kBlock = 64;   // windows that a thread takes through all heads
 
 class ChunkGradient {

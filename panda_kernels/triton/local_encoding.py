@@ -41,7 +41,8 @@ class Tile(Config):
 def tile(dtype: torch.dtype, T: int) -> Tile:
     precise = dtype == torch.float32
     return Tile(frames=min(T, 4), halo=int(T > 4), positions=64, block_n=32 if precise else 64,
-                block_k=16 if precise else 32, threads=256, num_stages=3 if precise else 4)
+                block_k=16 if precise else 32, threads=128 if precise else 256,
+                num_stages=3 if precise else 4)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -205,7 +206,7 @@ def bottleneck(x: Tensor, weight: Tensor, rows: Tensor, *, keep_inner: bool) -> 
 
 
 def bottleneck_gradient(grad: Tensor, w2: Tensor, rows: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``inner``, padded as it is, and in float32 of the taps and their bias; ``w2[R, C]``, ``grad`` of x1."""
+    """From ``grad`` of x1 and ``w2[R, C]`` the gradients of ``inner``, and in float32 of the taps and their bias."""
     R, config = w2.shape[0], tile(grad.dtype, grad.shape[1])
     sizes, tiles = _sizes(grad, R, config)
     grad_inner = torch.empty_like(inner)

@@ -1,15 +1,14 @@
 """Attention of each window's mean to the window's tokens, in the folded form (docs/numerics.md), forward and backward.
 
-The floor is arithmetic: four products of C x C a window, against one token row a window written and ``SIDE ** 2`` read.
-One program takes 64 windows and one or two heads, ``attend``. Chunk by chunk of channels it multiplies the folded query
-``Wk_h^T q_h`` and meets it with the normalised tokens; after the softmax it walks over the chunks again, sums the tokens
-and multiplies the sum by ``Wv_h`` at once. So ``[windows, heads, C]``, which would be written and read twice, is only ever
-a chunk in registers; the price is tokens read twice a group of heads, out of L2. Heads that share a program share those
-reads. The gradient is the same walk with a second folded vector, ``Wv_h^T G(o_h)``, beside the first.
+The floor is arithmetic, four products of C x C a window; memory sees ``SIDE ** 2`` token rows read and one written. In
+``attend`` a program takes 64 windows and one or two heads. Chunk by chunk of channels it multiplies the folded query
+``Wk_h^T q_h`` and meets it with the normalised tokens; after the softmax it walks over the chunks again, sums the
+tokens and multiplies the sum by ``Wv_h`` at once. So ``[windows, heads, C]``, which would be written and read twice, is
+only ever a chunk in registers. The price is tokens read twice a group of heads, out of L2.
 
 ``statistics`` goes before: where each window lies, found on the device, its mean, and the norms. The products with
-``wq`` and ``wp`` are those of matmul.py. Tensors a token of a window are ``[S, windows]``, so that programs read them
-in whole lines.
+``wq`` and ``wp`` are those of matmul.py. What belongs to a token of a window lies as ``[S, windows]``, so that programs
+read whole lines. The gradient is in window_attention_pool_grad.py.
 """
 from __future__ import annotations
 
@@ -38,11 +37,6 @@ class Tile(Config):
     block_d: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeadsTile(Tile):
-    heads: int
-
-
 def row_tile(C: int) -> Rows:
     """Whole rows, as many as leave a thread 32 numbers of one of them all."""
     block_c = max(triton.next_power_of_2(C), 16)
@@ -55,11 +49,16 @@ def head_block(D: int, dtype: torch.dtype) -> int:
     return min(sizes, key=lambda block: triton.cdiv(D, block) * block)
 
 
-def attend_tile(dtype: torch.dtype, num_heads: int, D: int, *, backward: bool) -> HeadsTile:
-    if dtype == torch.float32:  # without tensor cores, operands of a product lie in registers
-        return HeadsTile(block_w=32, block_c=32, block_d=head_block(D, dtype), heads=1)
-    heads = 2 if num_heads % 2 == 0 and D <= 128 and not backward else 1
-    return HeadsTile(block_w=64, block_c=64, block_d=head_block(D, dtype), heads=heads)
+def attend_tile(dtype: torch.dtype, D: int) -> Tile:
+    """Chunks of 32 channels, as the sums over a head fill the registers; 64 spill on sm_80."""
+    if dtype == torch.float32:  # without tensor cores, operands of a product lie in registers too
+        return Tile(block_w=32, block_c=32, block_d=head_block(D, dtype), threads=256)
+    return Tile(block_w=64, block_c=32, block_d=head_block(D, dtype), threads=256)
+
+
+def heads_together(dtype: torch.dtype, num_heads: int, D: int) -> int:
+    """Heads of a program: two, where their sums fit, halve the reads of tokens."""
+    return 2 if dtype != torch.float32 and num_heads % 2 == 0 and D <= 128 else 1
 
 
 @triton.jit
@@ -100,7 +99,7 @@ def moments(x, c, C: tl.constexpr, eps):
 @triton.jit(do_not_specialize=["frames", "h", "w", "W", "eps"])
 def statistics(x, corners, norm_weight, norm_bias, places, norms, mean, query_input, frames, h, w, W, eps,
                C: tl.constexpr, SIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Of each window: its first token, its tokens' mean and reciprocal deviation, its mean, and that one's LayerNorm."""
+    """Of each window: its first token, its tokens' means and reciprocal deviations, its mean, and LayerNorm of that."""
     window = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, BLOCK_C)[None, :] + tl.zeros([ROWS, 1], tl.int32)
     place = _places(corners, window, frames, h, w, SIDE)
@@ -139,26 +138,32 @@ def weight_tile(weight, head, j, c, C: tl.constexpr, D: tl.constexpr, BLOCK_D: t
 
 
 @triton.jit
-def load_norms(norms, window, W, SIDE: tl.constexpr):
-    """Means and reciprocal deviations of the windows' tokens, two tuples of ``[BLOCK_W, 1]``."""
-    means = ()
-    rstds = ()
-    for s in tl.static_range(SIDE * SIDE):
-        means += (tl.load(norms + s * W + window, mask=window < W, other=0.0),)
-        rstds += (tl.load(norms + (SIDE * SIDE + s) * W + window, mask=window < W, other=0.0),)
-    return means, rstds
+def token_values(values, window, W, S: tl.constexpr):
+    """Of ``values[S, W]`` those of the windows' tokens, a tuple of ``[BLOCK_W, 1]``."""
+    loaded = ()
+    for s in tl.static_range(S):
+        loaded += (tl.load(values + s * W + window, mask=window < W, other=0.0),)
+    return loaded
 
 
 @triton.jit
-def normalised(x, place, inside, s: tl.constexpr, w, c, means, rstds, C: tl.constexpr, SIDE: tl.constexpr):
-    """Token ``s`` of each window without affine, float32 ``[BLOCK_W, BLOCK_C]``."""
+def centred(x, place, inside, s: tl.constexpr, w, c, means, C: tl.constexpr, SIDE: tl.constexpr):
+    """Token ``s`` of each window less its mean, float32 ``[BLOCK_W, BLOCK_C]``."""
     token = place + s // SIDE * w + s % SIDE
-    values = tl.load(x + token * C + c, mask=inside & (c < C), other=0.0).to(tl.float32)
-    return (values - means[s]) * rstds[s]
+    return tl.load(x + token * C + c, mask=inside & (c < C), other=0.0).to(tl.float32) - means[s]
 
 
 @triton.jit
-def _fold(rows, weight, head, c, C: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+def scaled(values, factors):
+    """A tuple times a tuple, element by element."""
+    results = ()
+    for s in tl.static_range(len(values)):
+        results += (values[s] * factors[s],)
+    return results
+
+
+@triton.jit
+def fold(rows, weight, head, c, C: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
     """A chunk of ``weight_h^T`` times a head's rows, given in tiles: float32 ``[BLOCK_W, BLOCK_C]``."""
     folded = tl.zeros([rows[0].shape[0], c.shape[1]], tl.float32)
     for j in tl.static_range(len(rows)):
@@ -167,7 +172,7 @@ def _fold(rows, weight, head, c, C: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.c
 
 
 @triton.jit
-def _softmax(logits, scale):
+def softmax(logits, scale):
     """Of a tuple, element by element."""
     top = logits[0]
     for s in tl.static_range(1, len(logits)):
@@ -183,31 +188,31 @@ def _softmax(logits, scale):
 
 
 @triton.jit
-def _meet(folded, x, place, inside, w, c, means, rstds, C: tl.constexpr, SIDE: tl.constexpr, products):
-    """Adds the products of each folded vector with each token to ``products``, a tuple over both."""
+def meet(folded, x, place, inside, w, c, means, C: tl.constexpr, SIDE: tl.constexpr, products):
+    """Adds the products of each folded vector with each centred token to ``products``, a tuple over both."""
     for s in tl.static_range(SIDE * SIDE):
-        xhat = normalised(x, place, inside, s, w, c, means, rstds, C, SIDE)
+        token = centred(x, place, inside, s, w, c, means, C, SIDE)
         for i in tl.static_range(len(folded)):
-            added = products[i * SIDE * SIDE + s] + tl.sum(folded[i] * xhat, axis=1, keep_dims=True)
+            added = products[i * SIDE * SIDE + s] + tl.sum(folded[i] * token, axis=1, keep_dims=True)
             products = replaced(products, i * SIDE * SIDE + s, added)
     return products
 
 
 @triton.jit
-def weighted_sums(weights, x, place, inside, w, c, means, rstds, C: tl.constexpr, SIDE: tl.constexpr):
-    """Sums of the windows' normalised tokens, one for each tuple of weights."""
+def weighted_sums(weights, x, place, inside, w, c, means, C: tl.constexpr, SIDE: tl.constexpr):
+    """Sums of the windows' centred tokens, one for each tuple of weights."""
     sums = ()
     for _ in tl.static_range(len(weights)):
         sums += (tl.zeros([place.shape[0], c.shape[1]], tl.float32),)
     for s in tl.static_range(SIDE * SIDE):
-        xhat = normalised(x, place, inside, s, w, c, means, rstds, C, SIDE)
+        token = centred(x, place, inside, s, w, c, means, C, SIDE)
         for i in tl.static_range(len(weights)):
-            sums = replaced(sums, i, sums[i] + weights[i][s] * xhat)
+            sums = replaced(sums, i, sums[i] + weights[i][s] * token)
     return sums
 
 
 @triton.jit
-def _project(sums, rows, weight, head, c, C: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+def project(sums, rows, weight, head, c, C: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
              PRECISION: tl.constexpr):
     """Adds ``weight_h`` times a chunk of rows to ``sums``, a tuple of tiles of the head."""
     for j in tl.static_range(len(sums)):
@@ -217,7 +222,7 @@ def _project(sums, rows, weight, head, c, C: tl.constexpr, D: tl.constexpr, BLOC
 
 
 @triton.jit
-def _store_head(sums, rows, window, head, W, C: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def store_head(sums, rows, window, head, W, C: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     for j in tl.static_range(len(sums)):
         d = j * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
         here = rows + window.to(tl.int64) * C + head * D + d
@@ -226,8 +231,8 @@ def _store_head(sums, rows, window, head, W, C: tl.constexpr, D: tl.constexpr, B
 
 @triton.jit(do_not_specialize=["w", "W", "scale"])
 def attend(x, places, norms, q, norm_weight, norm_bias, wkv, out, w, W, scale, C: tl.constexpr, H: tl.constexpr,
-           SIDE: tl.constexpr, PRECISION: tl.constexpr,
-           HEADS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
+           HEADS: tl.constexpr, SIDE: tl.constexpr, PRECISION: tl.constexpr,
+           BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
     """The heads' outputs ``out[W, C]`` from their queries ``q[W, C]``."""
     D: tl.constexpr = C // H
     D_TILES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -237,7 +242,7 @@ def attend(x, places, norms, q, norm_weight, norm_bias, wkv, out, w, W, scale, C
     window = pid // (H // HEADS) * BLOCK_W + tl.arange(0, BLOCK_W)[:, None]
     inside = window < W
     place = tl.load(places + window, mask=inside, other=0)
-    means, rstds = load_norms(norms, window, W, SIDE)
+    means = token_values(norms, window, W, S)
 
     queries = ()
     for i in tl.static_range(HEADS):
@@ -246,30 +251,31 @@ def attend(x, places, norms, q, norm_weight, norm_bias, wkv, out, w, W, scale, C
             tiles += (head_rows(q, window, first + i, j, W, C, D, BLOCK_D),)
         queries += (tiles,)
     logits = (tl.zeros([BLOCK_W, 1], tl.float32),) * (HEADS * S)
-    for c0 in tl.range(0, C, BLOCK_C):
+    for c0 in tl.range(0, C, BLOCK_C, num_stages=2):  # or tokens, no product's operands, would be waited for
         c = c0 + tl.arange(0, BLOCK_C)[None, :]
         gamma = tl.load(norm_weight + c, mask=c < C, other=0.0).to(tl.float32)
         folded = ()
         for i in tl.static_range(HEADS):
-            folded += (_fold(queries[i], wkv, first + i, c, C, D, BLOCK_D, PRECISION) * gamma,)
-        logits = _meet(folded, x, place, inside, w, c, means, rstds, C, SIDE, logits)
+            folded += (fold(queries[i], wkv, first + i, c, C, D, BLOCK_D, PRECISION) * gamma,)
+        logits = meet(folded, x, place, inside, w, c, means, C, SIDE, logits)
 
+    rstds = token_values(norms + S * W, window, W, S)
     weights = ()
     sums = ()
     for i in tl.static_range(HEADS):
-        weights += (_softmax(logits[i * S:(i + 1) * S], scale),)
+        weights += (scaled(softmax(scaled(logits[i * S:(i + 1) * S], rstds), scale), rstds),)
         sums += ((tl.zeros([BLOCK_W, BLOCK_D], tl.float32),) * D_TILES,)
-    for c0 in tl.range(0, C, BLOCK_C):
+    for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)[None, :]
         gamma = tl.load(norm_weight + c, mask=c < C, other=0.0).to(tl.float32)
         beta = tl.load(norm_bias + c, mask=c < C, other=0.0).to(tl.float32)
-        pooled = weighted_sums(weights, x, place, inside, w, c, means, rstds, C, SIDE)
+        pooled = weighted_sums(weights, x, place, inside, w, c, means, C, SIDE)
         for i in tl.static_range(HEADS):
             rows = (pooled[i] * gamma + beta).to(x.dtype.element_ty)
-            added = _project(sums[i], rows, wkv + C * C, first + i, c, C, D, BLOCK_D, PRECISION)
+            added = project(sums[i], rows, wkv + C * C, first + i, c, C, D, BLOCK_D, PRECISION)
             sums = replaced(sums, i, added)
     for i in tl.static_range(HEADS):
-        _store_head(sums[i], out, window, first + i, W, C, D, BLOCK_D)
+        store_head(sums[i], out, window, first + i, W, C, D, BLOCK_D)
 
 
 class Windows(NamedTuple):
@@ -298,9 +304,9 @@ def head_outputs(x: Tensor, found: Windows, q: Tensor, norm_weight: Tensor, norm
                  num_heads: int, window: int, scale: float) -> Tensor:
     """The heads' outputs, ``[W, C]``, before ``wp``."""
     W, C = q.shape
-    config = attend_tile(x.dtype, num_heads, C // num_heads, backward=False)
+    config, heads = attend_tile(x.dtype, C // num_heads), heads_together(x.dtype, num_heads, C // num_heads)
     out = torch.empty_like(q)
-    launch(attend, triton.cdiv(W, config.block_w) * (num_heads // config.heads), config, x=x, places=found.places,
+    launch(attend, triton.cdiv(W, config.block_w) * (num_heads // heads), config, x=x, places=found.places,
            norms=found.norms, q=q, norm_weight=norm_weight, norm_bias=norm_bias, wkv=wkv, out=out, w=x.shape[2], W=W,
-           scale=scale, C=C, H=num_heads, SIDE=window, PRECISION=input_precision(x.dtype))
+           scale=scale, C=C, H=num_heads, HEADS=heads, SIDE=window, PRECISION=input_precision(x.dtype))
     return out

@@ -1,10 +1,10 @@
 """Gradients of the windows' attention, all recomputed from the op's inputs (docs/numerics.md).
 
-``attend_gradient`` is the walk of ``attend`` with ``Wv_h^T G(o_h)`` beside the folded query; it leaves the attention's
-weights and their gradients, ``[S, H, W]``, from which the rest follows in products that keep ``[windows, heads, C]`` on
-chip as well. The tokens' LayerNorm needs two means over channels; both are sums of scalars a head, so that one pass
-over the heads gives the tokens' gradient. That pass is a product with K = 2C, and so is each weight gradient one over the
-windows whose right side, a weighted sum of tokens, is made as it is needed.
+``attend_gradient`` is the walk of ``attend`` with ``Wv_h^T G(o_h)`` beside the folded query. It leaves the attention's
+weights and their gradients, ``[H, S, W]``, from which the rest follows in products that keep ``[windows, heads, C]`` on
+chip as well: the tokens' gradient is one with K = 2C, that of a weight one over the windows, whose right side, a
+weighted sum of tokens, is made as it is needed. The two means over channels that the tokens' LayerNorm needs are sums
+of scalars a head.
 """
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from ._precision import input_precision
 from .window_attention_pool import (
     Tile,
     Windows,
-    _fold,
-    _meet,
-    _project,
-    _softmax,
-    _store_head,
     attend_tile,
+    centred,
+    fold,
     head_block,
     head_rows,
-    load_norms,
+    meet,
     moments,
-    normalised,
+    project,
     replaced,
     row_tile,
+    scaled,
+    softmax,
+    store_head,
+    token_values,
     weight_tile,
     weighted_sums,
 )
@@ -45,10 +46,10 @@ MEAN_SEGMENTS = 128  # and in those of the query's norm
 def attend_gradient(x, places, norms, q, grad_heads, norm_weight, norm_bias, wkv, heads, grad_q, saved, w, W, scale,
                     C: tl.constexpr, H: tl.constexpr, SIDE: tl.constexpr, PRECISION: tl.constexpr,
                     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The heads' outputs again, the gradient of ``q``, and ``saved[4, S, H, W]``.
+    """The heads' outputs again, the gradient of ``q``, and ``saved[4, H, S, W]``.
 
-    Of a head and a token these are its weight, the gradient of its logit, and its parts of the sums over
-    channels of ``G(xhat)`` and of ``G(xhat) * xhat``.
+    Of a head and a token these are its weight and the gradient of its logit, both over the token's deviation, and
+    its parts of the sums over channels of ``G(xhat)`` and of ``G(xhat) * xhat``.
     """
     D: tl.constexpr = C // H
     D_TILES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -58,7 +59,7 @@ def attend_gradient(x, places, norms, q, grad_heads, norm_weight, norm_bias, wkv
     window = pid // H * BLOCK_W + tl.arange(0, BLOCK_W)[:, None]
     inside = window < W
     place = tl.load(places + window, mask=inside, other=0)
-    means, rstds = load_norms(norms, window, W, SIDE)
+    means = token_values(norms, window, W, S)
 
     queries = ()
     outer = ()
@@ -68,41 +69,45 @@ def attend_gradient(x, places, norms, q, grad_heads, norm_weight, norm_bias, wkv
     products = (tl.zeros([BLOCK_W, 1], tl.float32),) * (2 * S)
     query_sum = tl.zeros([BLOCK_W, 1], tl.float32)
     outer_sum = tl.zeros([BLOCK_W, 1], tl.float32)
-    for c0 in tl.range(0, C, BLOCK_C):
+    for c0 in tl.range(0, C, BLOCK_C, num_stages=2):  # or tokens, no product's operands, would be waited for
         c = c0 + tl.arange(0, BLOCK_C)[None, :]
         gamma = tl.load(norm_weight + c, mask=c < C, other=0.0).to(tl.float32)
-        query = _fold(queries, wkv, head, c, C, D, BLOCK_D, PRECISION) * gamma
-        value = _fold(outer, wkv + C * C, head, c, C, D, BLOCK_D, PRECISION) * gamma
+        query = fold(queries, wkv, head, c, C, D, BLOCK_D, PRECISION) * gamma
+        value = fold(outer, wkv + C * C, head, c, C, D, BLOCK_D, PRECISION) * gamma
         query_sum += tl.sum(query, axis=1, keep_dims=True)
         outer_sum += tl.sum(value, axis=1, keep_dims=True)
-        products = _meet((query, value), x, place, inside, w, c, means, rstds, C, SIDE, products)
+        products = meet((query, value), x, place, inside, w, c, means, C, SIDE, products)
 
-    weights = _softmax(products[:S], scale)
+    rstds = token_values(norms + S * W, window, W, S)
+    products = scaled(products, rstds + rstds)
+    weights = softmax(products[:S], scale)
     expected = tl.zeros([BLOCK_W, 1], tl.float32)
     for s in tl.static_range(S):
         expected += weights[s] * products[S + s]
     grad_logits = ()
     for s in tl.static_range(S):
         grad_logits += (weights[s] * (products[S + s] - expected) * scale,)
-        here = saved + (s * H + head) * W + window
-        tl.store(here, weights[s], mask=inside)
-        tl.store(here + S * H * W, grad_logits[s], mask=inside)
+        here = saved + (head * S + s) * W + window
+        tl.store(here, weights[s] * rstds[s], mask=inside)
+        tl.store(here + S * H * W, grad_logits[s] * rstds[s], mask=inside)
         tl.store(here + 2 * S * H * W, weights[s] * outer_sum + grad_logits[s] * query_sum, mask=inside)
         tl.store(here + 3 * S * H * W, weights[s] * products[S + s] + grad_logits[s] * products[s], mask=inside)
 
+    weights = scaled(weights, rstds)
+    grad_logits = scaled(grad_logits, rstds)
     outputs = (tl.zeros([BLOCK_W, BLOCK_D], tl.float32),) * D_TILES
     grads = outputs
-    for c0 in tl.range(0, C, BLOCK_C):
+    for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)[None, :]
         gamma = tl.load(norm_weight + c, mask=c < C, other=0.0).to(tl.float32)
         beta = tl.load(norm_bias + c, mask=c < C, other=0.0).to(tl.float32)
-        sums = weighted_sums((weights, grad_logits), x, place, inside, w, c, means, rstds, C, SIDE)
+        sums = weighted_sums((weights, grad_logits), x, place, inside, w, c, means, C, SIDE)
         pooled = (sums[0] * gamma + beta).to(x.dtype.element_ty)
         grad_seen = (sums[1] * gamma).to(x.dtype.element_ty)
-        outputs = _project(outputs, pooled, wkv + C * C, head, c, C, D, BLOCK_D, PRECISION)
-        grads = _project(grads, grad_seen, wkv, head, c, C, D, BLOCK_D, PRECISION)
-    _store_head(outputs, heads, window, head, W, C, D, BLOCK_D)
-    _store_head(grads, grad_q, window, head, W, C, D, BLOCK_D)
+        outputs = project(outputs, pooled, wkv + C * C, head, c, C, D, BLOCK_D, PRECISION)
+        grads = project(grads, grad_seen, wkv, head, c, C, D, BLOCK_D, PRECISION)
+    store_head(outputs, heads, window, head, W, C, D, BLOCK_D)
+    store_head(grads, grad_q, window, head, W, C, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["W", "num_tiles", "share", "eps"])
@@ -117,12 +122,12 @@ def mean_gradient(grad, grad_input, mean, norm_weight, saved, grad_mean, token_m
     c = tl.arange(0, BLOCK_C)[None, :] + tl.zeros([ROWS, 1], tl.int32)
     head = tl.arange(0, HEADS)[None, :]
     weight = tl.load(norm_weight + c, mask=c < C, other=0.0).to(tl.float32)
-    scaled = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    by_xhat = tl.zeros([ROWS, BLOCK_C], tl.float32)
     total = tl.zeros([ROWS, BLOCK_C], tl.float32)
     for tile in range(segment * share, tl.minimum((segment + 1) * share, num_tiles)):
         window = tile * ROWS + tl.arange(0, ROWS)[:, None]
         for k in tl.static_range(2 * S):
-            parts = saved + ((2 * S + k) * H + head).to(tl.int64) * W + window
+            parts = saved + ((2 + k // S) * H + head).to(tl.int64) * S * W + k % S * W + window
             values = tl.load(parts, mask=(head < H) & (window < W), other=0.0)
             tl.store(token_means + k * W + window, tl.sum(values, axis=1, keep_dims=True) / C, mask=window < W)
         inside = (window < W) & (c < C)
@@ -131,7 +136,7 @@ def mean_gradient(grad, grad_input, mean, norm_weight, saved, grad_mean, token_m
         mu, rstd = moments(values, c, C, eps)
         xhat = (values - mu) * rstd
         outer = tl.load(grad_input + here, mask=inside, other=0.0).to(tl.float32)
-        scaled += outer * xhat
+        by_xhat += outer * xhat
         total += outer
         outer *= weight
         first = tl.sum(outer, axis=1, keep_dims=True) / C
@@ -140,7 +145,7 @@ def mean_gradient(grad, grad_input, mean, norm_weight, saved, grad_mean, token_m
         tl.store(grad_mean + here, residual + (outer - first - xhat * second) * rstd, mask=inside)
     c = tl.arange(0, BLOCK_C)[None, :]
     out = partial + segment.to(tl.int64) * 2 * C + c
-    tl.store(out, tl.sum(scaled, axis=0, keep_dims=True), mask=c < C)
+    tl.store(out, tl.sum(by_xhat, axis=0, keep_dims=True), mask=c < C)
     tl.store(out + C, tl.sum(total, axis=0, keep_dims=True), mask=c < C)
 
 
@@ -156,7 +161,8 @@ def token_gradient(x, places, norms, q, grad_heads, norm_weight, wkv, saved, tok
     c = pid % C_TILES * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     window = pid // C_TILES * BLOCK_W + tl.arange(0, BLOCK_W)[:, None]
     inside = window < W
-    sums = (tl.zeros([BLOCK_W, BLOCK_C], tl.float32),) * S
+    total = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
+    sums = (total,) * S
     for head in range(H):
         seen = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
         pooled = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
@@ -165,30 +171,30 @@ def token_gradient(x, places, norms, q, grad_heads, norm_weight, wkv, saved, tok
                           weight_tile(wkv, head, j, c, C, D, BLOCK_D), seen, input_precision=PRECISION)
             pooled = tl.dot(head_rows(grad_heads, window, head, j, W, C, D, BLOCK_D),
                             weight_tile(wkv + C * C, head, j, c, C, D, BLOCK_D), pooled, input_precision=PRECISION)
+        total += pooled  # weights sum to one, gradients of logits to zero
         for s in tl.static_range(S):
-            here = saved + (s * H + head) * W + window
+            here = saved + (head * S + s) * W + window
             weight = tl.load(here, mask=inside, other=0.0)
             grad_logit = tl.load(here + S * H * W, mask=inside, other=0.0)
             sums = replaced(sums, s, sums[s] + (weight * pooled + grad_logit * seen))
 
     place = tl.load(places + window, mask=inside, other=0)
-    means, rstds = load_norms(norms, window, W, SIDE)
+    means = token_values(norms, window, W, S)
+    rstds = token_values(norms + S * W, window, W, S)
     gamma = tl.load(norm_weight + c, mask=c < C, other=0.0).to(tl.float32)
     mask = inside & (c < C)
     shared = tl.load(grad_mean + window.to(tl.int64) * C + c, mask=mask, other=0.0) / S
-    scaled = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
-    total = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
+    by_xhat = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
     for s in tl.static_range(S):
-        xhat = normalised(x, place, inside, s, w, c, means, rstds, C, SIDE)
-        scaled += sums[s] * xhat
-        total += sums[s]
+        token = centred(x, place, inside, s, w, c, means, C, SIDE)
+        by_xhat += sums[s] * token
         first = tl.load(token_means + s * W + window, mask=inside, other=0.0)
-        second = tl.load(token_means + (S + s) * W + window, mask=inside, other=0.0)
-        value = (sums[s] * gamma - first - xhat * second) * rstds[s] + shared
-        token = place + s // SIDE * w + s % SIDE
-        tl.store(grad_x + token * C + c, value.to(grad_x.dtype.element_ty), mask=mask)
+        second = tl.load(token_means + (S + s) * W + window, mask=inside, other=0.0) * rstds[s]
+        value = sums[s] * gamma - (first + token * second) * rstds[s] + shared
+        here = grad_x + (place + s // SIDE * w + s % SIDE) * C + c
+        tl.store(here, value.to(grad_x.dtype.element_ty), mask=mask)
     out = partial + pid // C_TILES * 2 * C + c
-    tl.store(out, tl.sum(scaled, axis=0, keep_dims=True), mask=c < C)
+    tl.store(out, tl.sum(by_xhat, axis=0, keep_dims=True), mask=c < C)
     tl.store(out + C, tl.sum(total, axis=0, keep_dims=True), mask=c < C)
 
 
@@ -213,14 +219,10 @@ def weight_gradient(x, places, norms, q, grad_heads, norm_weight, norm_bias, sav
         window = first + tl.arange(0, BLOCK_W)[:, None]
         inside = window < W
         place = tl.load(places + window, mask=inside, other=0)
-        means, rstds = load_norms(norms, window, W, SIDE)
-        weights = ()
-        grad_logits = ()
-        for s in tl.static_range(S):
-            here = saved + (s * H + head) * W + window
-            weights += (tl.load(here, mask=inside, other=0.0),)
-            grad_logits += (tl.load(here + S * H * W, mask=inside, other=0.0),)
-        sums = weighted_sums((weights, grad_logits), x, place, inside, w, c, means, rstds, C, SIDE)
+        means = token_values(norms, window, W, S)
+        weights = token_values(saved + head * S * W, window, W, S)
+        grad_logits = token_values(saved + (H + head) * S * W, window, W, S)
+        sums = weighted_sums((weights, grad_logits), x, place, inside, w, c, means, C, SIDE)
         pooled = (sums[0] * gamma + beta).to(x.dtype.element_ty)
         grad_seen = (sums[1] * gamma).to(x.dtype.element_ty)
         query = tl.trans(head_rows(q, window, head, pid % D_TILES, W, C, D, BLOCK_D))
@@ -236,7 +238,7 @@ def weight_gradient(x, places, norms, q, grad_heads, norm_weight, norm_bias, sav
 class Attention(NamedTuple):
     heads: Tensor  # [W, C]: the heads' outputs
     grad_q: Tensor  # [W, C]
-    saved: Tensor  # float32 [4, S, H, W], see attend_gradient
+    saved: Tensor  # float32 [4, H, S, W], see attend_gradient
 
 
 class Means(NamedTuple):
@@ -252,24 +254,22 @@ def token_tile(dtype: torch.dtype, D: int, S: int) -> Tile:
     """As many channels as leave room for a sum a token of the window."""
     if dtype == torch.float32:
         return Tile(block_w=32, block_c=32, block_d=16)
-    return Tile(block_w=64, block_c=64 if S <= 4 else 32, block_d=min(head_block(D, dtype), 64), threads=256)
+    return Tile(block_w=64, block_c=32, block_d=min(head_block(D, dtype), 64), threads=256)
 
 
-def weight_tile_sizes(dtype: torch.dtype, D: int) -> Tile:
+def product_tile(dtype: torch.dtype, D: int) -> Tile:
     if dtype == torch.float32:
         return Tile(block_w=16, block_c=32, block_d=min(max(triton.next_power_of_2(D), 16), 64))
-    return Tile(block_w=64, block_c=64, block_d=128 if D > 64 else 64, threads=256)
+    return Tile(block_w=32, block_c=32, block_d=128 if D > 64 else 64, threads=256)
 
 
 def attention_gradients(x: Tensor, found: Windows, q: Tensor, grad_heads: Tensor, norm_weight: Tensor,
                         norm_bias: Tensor, wkv: Tensor, num_heads: int, window: int, scale: float) -> Attention:
     W, C = q.shape
-    config = attend_tile(x.dtype, num_heads, C // num_heads, backward=True)
+    config = attend_tile(x.dtype, C // num_heads)
     made = Attention(torch.empty_like(q), torch.empty_like(q),
-                     torch.empty(4, window**2, num_heads, W, dtype=torch.float32, device=x.device))
-    sizes = Tile(block_w=config.block_w, block_c=config.block_c, block_d=config.block_d, threads=config.threads,
-                 num_stages=config.num_stages)
-    launch(attend_gradient, triton.cdiv(W, config.block_w) * num_heads, sizes, x=x, places=found.places,
+                     torch.empty(4, num_heads, window**2, W, dtype=torch.float32, device=x.device))
+    launch(attend_gradient, triton.cdiv(W, config.block_w) * num_heads, config, x=x, places=found.places,
            norms=found.norms, q=q, grad_heads=grad_heads, norm_weight=norm_weight, norm_bias=norm_bias, wkv=wkv,
            **made._asdict(), w=x.shape[2], W=W, scale=scale, C=C, H=num_heads, SIDE=window,
            PRECISION=input_precision(x.dtype))
@@ -278,7 +278,7 @@ def attention_gradients(x: Tensor, found: Windows, q: Tensor, grad_heads: Tensor
 
 def mean_gradients(grad: Tensor, grad_input: Tensor, found: Windows, norm_weight: Tensor, seen: Attention,
                    eps: float) -> Means:
-    (W, C), (_, S, H, _) = grad.shape, seen.saved.shape
+    (W, C), (_, H, S, _) = grad.shape, seen.saved.shape
     config = row_tile(C)
     num_tiles = triton.cdiv(W, config.rows)
     share = triton.cdiv(num_tiles, MEAN_SEGMENTS)
@@ -314,7 +314,7 @@ def weight_gradients(x: Tensor, found: Windows, q: Tensor, grad_heads: Tensor, n
     """The gradient of ``wkv`` in float32."""
     W, C = q.shape
     D = C // num_heads
-    config = weight_tile_sizes(x.dtype, D)
+    config = product_tile(x.dtype, D)
     blocks = triton.cdiv(W, config.block_w)
     share = triton.cdiv(blocks, SEGMENTS) * config.block_w
     segments = triton.cdiv(W, share)

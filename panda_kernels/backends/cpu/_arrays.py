@@ -36,17 +36,18 @@ def pack(weight: Tensor, dtype: torch.dtype, *, transposed: bool = False) -> Ten
 
 
 def product(x: Tensor, packed: Tensor, outputs: int, *, bias: Tensor | None = None,
-            residual: Tensor | None = None) -> Tensor:
+            residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """``x w^T + bias + residual`` for rows ``x [rows, k]`` and a packed weight ``[outputs, k]``."""
-    y = torch.empty(x.shape[0], outputs, dtype=x.dtype)
+    y = torch.empty(x.shape[0], outputs, dtype=x.dtype) if out is None else out
     kernels.product(x, packed, bias, residual, y)
     return y
 
 
-def weight_gradient(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """``grad^T x`` and the sum of the rows of ``grad``, float32, in an order that threads do not change."""
-    weight, bias = torch.empty(grad.shape[1], x.shape[1]), torch.empty(grad.shape[1])
-    kernels.weight_gradient(grad, x, weight, bias)
+def weight_gradient(grad: Tensor, x: Tensor, sums: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """``grad^T x`` and the sum of the rows of ``grad``, float32, in an order that threads do not change; added to
+    ``sums``, if there are any."""
+    weight, bias = (torch.empty(grad.shape[1], x.shape[1]), torch.empty(grad.shape[1])) if sums is None else sums
+    kernels.weight_gradient(grad, x, sums is not None, weight, bias)
     return weight, bias
 
 

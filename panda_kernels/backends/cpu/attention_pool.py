@@ -1,4 +1,4 @@
-"""One pass over the tokens, partial softmaxes merged in a fixed order (csrc/core/pooling_body.inc); two for gradients."""
+"""One pass over the tokens, partial softmaxes merged in order (csrc/core/pooling_body.inc); two for a gradient."""
 from __future__ import annotations
 
 import torch

@@ -75,9 +75,9 @@ def bwd(grad: Tensor, x: Tensor, corners: Tensor, num_windows: int, q_norm_weigh
         t.float() for t in (q_norm_weight, q_norm_bias, kv_norm_weight, kv_norm_bias))
     precise_q, (wk, wv) = wq.float(), wkv.float().chunk(2)
     grads = [
-        scale * (precise_q * query).sum(0), scale * (query_bias @ precise_q),
+        scale * (precise_q * query).sum(0), scale * (query_bias.double() @ precise_q.double()),
         scale * torch.addcmul(torch.outer(query_bias, q_bias), query, q_weight),
-        (wk * keys + wv * values).sum(0), values_bias @ wv,
+        (wk * keys + wv * values).sum(0), values_bias.double() @ wv.double(),
         torch.cat([keys * kv_weight, torch.addcmul(torch.outer(values_bias, kv_bias), values, kv_weight)]),
         torch.addr(out, out_bias, folded.values_bias), out_bias]
     inputs = (q_norm_weight, q_norm_bias, wq, kv_norm_weight, kv_norm_bias, wkv, wp, bp)

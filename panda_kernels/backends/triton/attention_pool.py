@@ -1,9 +1,10 @@
-"""The kernels of panda_kernels/triton/attention_pool.py on contiguous tensors."""
+"""The kernels of panda_kernels/triton/attention_pool.py and attention_pool_grad.py on contiguous tensors."""
 from __future__ import annotations
 
 from torch import Tensor
 
-from ...triton.attention_pool import pool, pool_gradients
+from ...triton.attention_pool import pool
+from ...triton.attention_pool_grad import pool_gradients
 from . import refusals  # noqa: F401
 
 

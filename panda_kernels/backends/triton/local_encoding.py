@@ -34,9 +34,11 @@ def bwd(grad: Tensor, x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Ten
     assert inner is not None
 
     x1 = _up(over_time, up, b2, x) if any(needs[9:]) else x  # read for the taps' gradient only
-    grad_x1, grad_wd, grad_bd = depthwise_conv3d.bwd(grad, x1, wd, bd, True, needs=[True, needs[9], needs[10]])
+    grad_x1, grad_wd, grad_bd = depthwise_conv3d.bwd(grad, x1, wd, bd, True,
+                                                     needs=[any(needs[:9]), needs[9], needs[10]])
     del x1
-    assert grad_x1 is not None
+    if grad_x1 is None:
+        return [None] * 9 + [grad_wd, grad_bd]
     grad_w2 = matmul(rows(grad_x1).T, over_time[:, :len(up)]) if needs[7] else None
     grad_b2 = total(grad_x1).to(b2.dtype) if needs[8] else None
     if not any(needs[:7]):

@@ -31,23 +31,26 @@ def _scale(x: Tensor, scale: float | None) -> float:
 def bwd(grad: Tensor, x: Tensor, corners: Tensor, num_windows: int, q_norm_weight: Tensor, q_norm_bias: Tensor,
         wq: Tensor, kv_norm_weight: Tensor, kv_norm_bias: Tensor, wkv: Tensor, wp: Tensor, bp: Tensor,
         num_heads: int, window: int, eps: float, scale: float | None, *, needs: list[bool]) -> list[Tensor | None]:
-    x, grad, wq, wkv = x.contiguous(), grad.contiguous(), wq.contiguous(), wkv.contiguous()
-    kv_norm = kv_norm_weight.contiguous(), kv_norm_bias.contiguous()
-    q_weight, scale = q_norm_weight.contiguous(), _scale(x, scale)
+    grads: list[Tensor | None] = [None] * len(needs)
+    grad = grad.contiguous()
+    grads[9] = total(grad).to(grad.dtype) if needs[9] else None
+    if not any(needs[:9]):
+        return grads
+    x, wq, wkv, scale = x.contiguous(), wq.contiguous(), wkv.contiguous(), _scale(x, scale)
+    q_weight, kv_norm = q_norm_weight.contiguous(), (kv_norm_weight.contiguous(), kv_norm_bias.contiguous())
     found = locate(x, corners.contiguous(), num_windows, q_weight, q_norm_bias.contiguous(), window, eps)
     q = multiply(found.query_input, wq)
     grad_heads = multiply(grad, wp.contiguous(), transposed=True)
     seen = attention_gradients(x, found, q, grad_heads, *kv_norm, wkv, num_heads, window, scale)
 
-    grads: list[Tensor | None] = [None] * len(needs)
-    means = mean_gradients(grad, multiply(seen.grad_q, wq, transposed=True), found, q_weight, seen, eps)
+    if needs[0] or any(needs[2:4]) or any(needs[5:7]):
+        means = mean_gradients(grad, multiply(seen.grad_q, wq, transposed=True), found, q_weight, seen, eps)
+        grads[2:4] = means.q_norm_weight.to(x.dtype), means.q_norm_bias.to(x.dtype)
     if needs[0] or any(needs[5:7]):
         grads[0], *affine = token_gradients(x, found, q, grad_heads, kv_norm[0], wkv, seen, means, num_heads, window)
         grads[5:7] = [a.to(x.dtype) for a in affine]
     if needs[7]:
         grads[7] = weight_gradients(x, found, q, grad_heads, *kv_norm, seen, num_heads, window).to(x.dtype)
-    grads[2:4] = means.q_norm_weight.to(x.dtype), means.q_norm_bias.to(x.dtype)
     grads[4] = matmul(seen.grad_q.T, found.query_input) if needs[4] else None
     grads[8] = matmul(grad.T, seen.heads) if needs[8] else None
-    grads[9] = total(grad).to(x.dtype) if needs[9] else None
     return grads
