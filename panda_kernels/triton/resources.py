@@ -61,7 +61,7 @@ class Row:
     shared_memory: int
     loads: int
     wide_loads: int  # of 16 bytes, or whole blocks by the copy engine
-    product: str  # the instruction, or "missing", or "none" where the kernel has no product for tensor cores
+    product: str  # its instruction, "missing", "fma" where exact float32 has none on tensor cores, or "none"
 
     def key(self) -> tuple[str, ...]:
         """What every Triton version must agree on; counts move between versions."""
@@ -139,7 +139,7 @@ def compile_for(launch: Launch, name: str) -> Row:
     wide = [load for load in loads if re.search(r"UTMALDG|\.128|dwordx4", load)]
     found = re.search(rf"^({target.tensor_core})", code, re.M)
     wanted = re.search(r"tt\.dot\w*\b.*(inputPrecision = tf32|x(bf|f)16>)", compiled.asm["ttir"])
-    product = found[1] if found else "missing" if wanted else "none"
+    product = found[1] if found else "missing" if wanted else "fma" if "tt.dot" in compiled.asm["ttir"] else "none"
     kernel = f"{launch.kernel.fn.__module__.rpartition('.')[2]}.{launch.kernel.__name__}"
     return Row(kernel, *_describe(launch), name, registers, spills, compiled.metadata.shared, len(loads), len(wide),
                product)

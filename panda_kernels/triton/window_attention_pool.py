@@ -251,7 +251,7 @@ def attend(x, places, norms, q, norm_weight, norm_bias, wkv, out, w, W, scale, C
             tiles += (head_rows(q, window, first + i, j, W, C, D, BLOCK_D),)
         queries += (tiles,)
     logits = (tl.zeros([BLOCK_W, 1], tl.float32),) * (HEADS * S)
-    for c0 in tl.range(0, C, BLOCK_C, num_stages=2):  # or tokens, no product's operands, would be waited for
+    for c0 in tl.range(0, C, BLOCK_C, num_stages=2):  # tokens too: they feed no product
         c = c0 + tl.arange(0, BLOCK_C)[None, :]
         gamma = tl.load(norm_weight + c, mask=c < C, other=0.0).to(tl.float32)
         folded = ()

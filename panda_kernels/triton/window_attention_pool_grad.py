@@ -69,7 +69,7 @@ def attend_gradient(x, places, norms, q, grad_heads, norm_weight, norm_bias, wkv
     products = (tl.zeros([BLOCK_W, 1], tl.float32),) * (2 * S)
     query_sum = tl.zeros([BLOCK_W, 1], tl.float32)
     outer_sum = tl.zeros([BLOCK_W, 1], tl.float32)
-    for c0 in tl.range(0, C, BLOCK_C, num_stages=2):  # or tokens, no product's operands, would be waited for
+    for c0 in tl.range(0, C, BLOCK_C, num_stages=2):  # tokens too: they feed no product
         c = c0 + tl.arange(0, BLOCK_C)[None, :]
         gamma = tl.load(norm_weight + c, mask=c < C, other=0.0).to(tl.float32)
         query = fold(queries, wkv, head, c, C, D, BLOCK_D, PRECISION) * gamma
