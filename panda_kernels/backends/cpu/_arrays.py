@@ -22,7 +22,14 @@ def floats(x: Tensor) -> Tensor:
 
 def fold_norm(scale: Tensor, shift: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """A product ``[n, k]`` with the affine of the norm before it: its weight and what it adds, float32."""
-    return weight.float() * scale.float(), (weight.double() @ shift.double()).float()
+    return weight.float() * scale.float(), precise_product(weight, shift)
+
+
+def precise_product(weight: Tensor, x: Tensor) -> Tensor:
+    """``weight [n, k] @ x`` in float64, rounded to float32; a few rows at a time, as no whole copy is ever given back
+    to the system."""
+    wide = x.double()
+    return torch.cat([(rows.double() @ wide).float() for rows in weight.split(128)])
 
 
 def pack(weight: Tensor, dtype: torch.dtype, *, transposed: bool = False) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...rectangles import Rectangles
 from . import class_tokens, refusals  # noqa: F401
-from ._arrays import compute_dtype, floats, fold_norm, kernels, pack
+from ._arrays import compute_dtype, floats, fold_norm, kernels, pack, precise_product
 from .class_tokens import FusionWeights, MLPWeights, ValueWeights
 from .local_encoding import streamed_weights
 from .patch_embed import normalisation, readable
@@ -44,7 +44,7 @@ def prepare(patch_weight: Tensor, local: tuple[Tensor, ...], clip_queries: Tenso
     embed = patch_weight.flatten(1)
     norm_scale, norm_shift, w1, b1, *after = local
     first, first_bias = fold_norm(norm_scale, norm_shift, w1)
-    composed = first.double() @ embed.double()
+    composed = precise_product(first, embed)
     weights = [pack(embed, dtype), pack(composed, dtype), first_bias + b1.float(), *streamed_weights(dtype, *after),
                floats(clip_queries), *window_weights(dtype, *windows, num_heads=num_heads, scale=channels**-0.5),
                floats(frame_queries), split.to(dtype).contiguous()]

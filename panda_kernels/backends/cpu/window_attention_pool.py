@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import refusals  # noqa: F401
-from ._arrays import array, compute_dtype, floats, fold_norm, kernels, pack
+from ._arrays import array, compute_dtype, fold_norm, kernels, pack, precise_product
 
 
 class _Folded(NamedTuple):
@@ -33,9 +33,9 @@ def _fold(q_norm_weight: Tensor, q_norm_bias: Tensor, wq: Tensor, kv_norm_weight
 
 def _packed(dtype: torch.dtype, folded: _Folded, wp: Tensor, bp: Tensor) -> list[Tensor]:
     """In the order of ``window_weights`` in csrc/bindings.cpp; what the values' affine adds, in the output's bias."""
-    out_bias = bp.double() + wp.double() @ folded.values_bias.double()
+    out_bias = bp.float() + precise_product(wp, folded.values_bias)
     return [pack(folded.query, dtype), folded.query_bias, pack(folded.keys, dtype, transposed=True),
-            pack(folded.values, dtype), pack(wp, dtype), floats(out_bias)]
+            pack(folded.values, dtype), pack(wp, dtype), out_bias]
 
 
 def window_weights(dtype: torch.dtype, q_norm_weight: Tensor, q_norm_bias: Tensor, wq: Tensor, kv_norm_weight: Tensor,
