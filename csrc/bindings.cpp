@@ -18,10 +18,10 @@ namespace {
 void pack(const Tensor& w, int64_t matrices, bool transposed, Tensor to) {
   const panda::Dtype dtype = dtype_of(w);
   const auto [found, rows, columns] = sizes<3>(w);
-  panda::prefer_large_pages(to.mutable_data_ptr(), to.numel());
   const int64_t n = transposed ? columns : rows, k = transposed ? rows : columns;
   STD_TORCH_CHECK(found == matrices, "panda_kernels: expected ", matrices, " weights to pack, got ", found);
   packed(to, dtype, n, k, matrices);
+  panda::prefer_large_pages(to.mutable_data_ptr(), to.numel());
   for (int64_t i = 0; i < matrices; ++i)
     panda::pack(dtype, dtype, static_cast<const char*>(w.const_data_ptr()) + i * w.stride(0) * panda::size_of(dtype),
                 w.stride(transposed ? 2 : 1), w.stride(transposed ? 1 : 2), n, k,

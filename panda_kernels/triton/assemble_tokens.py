@@ -66,21 +66,22 @@ def _sources(first_token, corners, frames, WINDOW: tl.constexpr, ROWS: tl.conste
 
 
 @triton.jit
-def _place(C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The first token of this program, and its channels ``[1, BLOCK_C]``."""
+def _place(corners, frames, num_tokens, C: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr,
+           BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr):
+    """This program's tokens ``[ROWS, 1]`` and channels ``[1, BLOCK_C]``, which exist, and the tokens' sources."""
     C_TILES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     c = tl.program_id(0) % C_TILES * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    return tl.program_id(0) // C_TILES * ROWS, c
+    first_token = tl.program_id(0) // C_TILES * ROWS
+    source = _sources(first_token, corners, frames, WINDOW, ROWS, BLOCK_F)
+    token = first_token + tl.arange(0, ROWS)[:, None]
+    return token, c, (token < num_tokens) & (c < C), source
 
 
 @triton.jit(do_not_specialize=["frames", "num_tokens"])
 def gather(y, f, split, corners, tokens, frames, num_tokens, C: tl.constexpr, WINDOW: tl.constexpr,
            ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr):
     """``tokens[num_tokens, C]`` from ``y[num_windows, C]``, ``f[frames, C]`` and ``split[C]``."""
-    first_token, c = _place(C, ROWS, BLOCK_C)
-    source = _sources(first_token, corners, frames, WINDOW, ROWS, BLOCK_F)
-    token = first_token + tl.arange(0, ROWS)[:, None]
-    inside = (token < num_tokens) & (c < C)
+    token, c, inside, source = _place(corners, frames, num_tokens, C, WINDOW, ROWS, BLOCK_C, BLOCK_F)
     window = tl.load(y + (source.to(tl.int64) * C + c), mask=inside & (source >= 0), other=0.0)
     frame = tl.load(f + ((-source + FRAME).to(tl.int64) * C + c), mask=inside & (source <= FRAME), other=0.0)
     end = tl.load(split + (tl.zeros_like(source) + c), mask=inside & (source == SPLIT), other=0.0)
@@ -92,10 +93,7 @@ def gather(y, f, split, corners, tokens, frames, num_tokens, C: tl.constexpr, WI
 def scatter(grad, corners, grad_y, grad_f, partial, frames, num_tokens, C: tl.constexpr, WINDOW: tl.constexpr,
             ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr):
     """Each row of ``grad[num_tokens, C]`` to where it came from; sums of split tokens to ``partial[row tiles, C]``."""
-    first_token, c = _place(C, ROWS, BLOCK_C)
-    source = _sources(first_token, corners, frames, WINDOW, ROWS, BLOCK_F)
-    token = first_token + tl.arange(0, ROWS)[:, None]
-    inside = (token < num_tokens) & (c < C)
+    token, c, inside, source = _place(corners, frames, num_tokens, C, WINDOW, ROWS, BLOCK_C, BLOCK_F)
     value = tl.load(grad + (token.to(tl.int64) * C + c), mask=inside, other=0.0)
     if grad_y is not None:
         tl.store(grad_y + (source.to(tl.int64) * C + c), value, mask=inside & (source >= 0))
@@ -103,7 +101,8 @@ def scatter(grad, corners, grad_y, grad_f, partial, frames, num_tokens, C: tl.co
         tl.store(grad_f + ((-source + FRAME).to(tl.int64) * C + c), value, mask=inside & (source <= FRAME))
     if partial is not None:
         ends = tl.where(source == SPLIT, value.to(tl.float32), 0.0)
-        segment = partial + (first_token // ROWS).to(tl.int64) * C
+        C_TILES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+        segment = partial + (tl.program_id(0) // C_TILES).to(tl.int64) * C
         tl.store(segment + c, tl.sum(ends, axis=0, keep_dims=True), mask=c < C)
 
 

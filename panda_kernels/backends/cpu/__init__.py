@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from .._outside import outside
 
 _PACKAGE = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,7 +42,4 @@ def isa() -> str:
 
 def refusals(inputs: Sequence[Any]) -> list[str]:
     """Tensors elsewhere than on the CPU, or of a dtype the kernels do not compute in."""
-    tensors = [t for t in inputs if isinstance(t, Tensor)]
-    reasons = [f"tensors on {d}" for d in sorted({str(t.device) for t in tensors if t.device.type != "cpu"})]
-    floating = {t.dtype for t in tensors if t.dtype.is_floating_point}
-    return reasons + [f"dtype {d}" for d in sorted(floating - set(DTYPES), key=str)]
+    return outside(inputs, "cpu", DTYPES)

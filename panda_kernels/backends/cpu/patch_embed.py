@@ -6,7 +6,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..torch.patch_embed import CLIP_MEAN, CLIP_STD, _missing, _whole
+from ..torch.patch_embed import CLIP_MEAN, CLIP_STD, missing_frames, whole_patches
 from . import refusals  # noqa: F401
 from ._arrays import array, compute_dtype, kernels, pack, product
 
@@ -41,9 +41,9 @@ def bwd(grad: Tensor, pixels: Tensor, weight: Tensor, present: Tensor | None, *,
         back = pack(weight.flatten(1), dtype, transposed=True)
         patches = product(grads.view(-1, grads.shape[-1]), back, values).view(*grad.shape[:-1], *weight.shape[1:])
         if present is not None:
-            patches = patches.masked_fill(_missing(present), 0.0)
+            patches = patches.masked_fill(missing_frames(present), 0.0)
         grad_pixels = pixels.new_zeros(pixels.shape)
-        _whole(grad_pixels, weight).copy_(patches)
+        whole_patches(grad_pixels, weight).copy_(patches)
     if needs[1]:
         sums = torch.empty(len(weight), values)
         kernels.patch_embed_gradient(grads, readable(pixels), None if present is None else present.contiguous(),

@@ -49,12 +49,12 @@ def bwd(grad: Tensor, x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Ten
         matmul(grad_x1, w2), inner, _taps(wt), bt, False, needs=[True, needs[5], needs[6]])
     assert grad_inner is not None
     grad_x = (matmul(grad_inner, weight).add_(grad_x1)) if needs[0] else None
-    norm_grads = _norm_and_w1(grad_inner, x, norm_scale, norm_shift, w1, b1, needs[1:5])
+    norm_grads = norm_and_w1(grad_inner, x, norm_scale, norm_shift, w1, b1, needs[1:5])
     return [grad_x, *norm_grads, None if grad_taps is None else grad_taps.view(wt.shape), grad_bt, grad_w2, grad_b2,
             grad_wd, grad_bd]
 
 
-def _norm_and_w1(grad_inner: Tensor, x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tensor,
+def norm_and_w1(grad_inner: Tensor, x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tensor,
                  needs: list[bool]) -> list[Tensor | None]:
     """Gradients of the norm's scale and shift, of w1 and b1, all from one product ``grad_inner^T x``."""
     if not any(needs):

@@ -11,7 +11,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def _whole(pixels: Tensor, weight: Tensor) -> Tensor:
+def whole_patches(pixels: Tensor, weight: Tensor) -> Tensor:
     """The pixels that are read, ``[B, T, h, w, 3, p, p]``: a view."""
     patch = weight.shape[-1]
     h, w = pixels.shape[3] // patch, pixels.shape[4] // patch
@@ -19,13 +19,13 @@ def _whole(pixels: Tensor, weight: Tensor) -> Tensor:
     return whole.permute(0, 1, 3, 5, 2, 4, 6)
 
 
-def _missing(present: Tensor) -> Tensor:
+def missing_frames(present: Tensor) -> Tensor:
     return ~present[:, :, None, None, None, None, None]
 
 
 def _patches(pixels: Tensor, weight: Tensor, present: Tensor | None) -> Tensor:
     """``[B, T, h, w, 3 * p * p]`` in the weight's dtype."""
-    patches = _whole(pixels, weight)
+    patches = whole_patches(pixels, weight)
     if pixels.dtype == torch.uint8:
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         mean = torch.tensor(CLIP_MEAN, dtype=torch.float64).mul(255).to(wide).to(pixels.device)[:, None, None]
@@ -33,7 +33,7 @@ def _patches(pixels: Tensor, weight: Tensor, present: Tensor | None) -> Tensor:
         patches = (patches.to(wide) - mean) / std
     patches = patches.to(weight.dtype)
     if present is not None:
-        patches = patches.masked_fill(_missing(present), 0.0)
+        patches = patches.masked_fill(missing_frames(present), 0.0)
     return patches.flatten(4)
 
 
@@ -48,8 +48,8 @@ def bwd(grad: Tensor, pixels: Tensor, weight: Tensor, present: Tensor | None, *,
         grad_pixels = pixels.new_zeros(pixels.shape)
         patches = matmul(grad, weight.flatten(1)).unflatten(4, weight.shape[1:])
         if present is not None:
-            patches = patches.masked_fill(_missing(present), 0.0)
-        _whole(grad_pixels, weight).copy_(patches)
+            patches = patches.masked_fill(missing_frames(present), 0.0)
+        whole_patches(grad_pixels, weight).copy_(patches)
     if needs[1]:
         grad_weight = matmul(rows(grad).T, rows(_patches(pixels, weight, present))).view(weight.shape)
     return [grad_pixels, grad_weight]

@@ -7,7 +7,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from .._outside import outside
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -24,7 +25,4 @@ def load_error() -> str | None:
 
 def refusals(inputs: Sequence[Any]) -> list[str]:
     """Tensors elsewhere than on a GPU, or of a dtype the kernels do not compute in."""
-    tensors = [t for t in inputs if isinstance(t, Tensor)]
-    reasons = [f"tensors on {d}" for d in sorted({str(t.device) for t in tensors if t.device.type != "cuda"})]
-    floating = {t.dtype for t in tensors if t.dtype.is_floating_point}
-    return reasons + [f"dtype {d}" for d in sorted(floating - set(DTYPES), key=str)]
+    return outside(inputs, "cuda", DTYPES)

@@ -6,7 +6,7 @@ from torch import Tensor
 from ...triton.local_encoding import bottleneck, bottleneck_gradient, folded
 from ...triton.matmul import multiply
 from ..torch._arithmetic import matmul, rows, total
-from ..torch.local_encoding import _norm_and_w1
+from ..torch.local_encoding import norm_and_w1
 from . import depthwise_conv3d, refusals  # noqa: F401
 
 
@@ -47,5 +47,5 @@ def bwd(grad: Tensor, x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Ten
     grad_inner, grad_wt, grad_bt = bottleneck_gradient(grad_x1, up, parameters, inner)
     residual = rows(grad_x1)
     grad_x = multiply(grad_inner, weight, residual=residual, transposed=True).view(x.shape) if needs[0] else None
-    norm_grads = _norm_and_w1(grad_inner[:, :len(up)], x, norm_scale, norm_shift, w1, b1, needs[1:5])
+    norm_grads = norm_and_w1(grad_inner[:, :len(up)], x, norm_scale, norm_shift, w1, b1, needs[1:5])
     return [grad_x, *norm_grads, grad_wt.to(wt.dtype), grad_bt.to(bt.dtype), grad_w2, grad_b2, grad_wd, grad_bd]
