@@ -1,7 +1,8 @@
 """Our modules meet the released tower's outputs, gradients and running statistics.
 
 In float64 to the rounding of the stored numbers; in float32 and bfloat16, by every backend that is there, with at most
-1.2 times the error that the released arithmetic itself has in that dtype.
+1.2 times the error that the released arithmetic itself has in that dtype, and in no parameter's gradient more than 1.5
+times, above one rounding.
 """
 from __future__ import annotations
 
@@ -16,12 +17,13 @@ from golden import weights as golden
 from torch import Tensor, nn
 
 import python_ref
+from bench.half_products import products_in
 from panda_kernels import backends
 from panda_kernels.nn import STAB
 
 CASES = Path(__file__).parent / "golden"
 EXACT = 1e-6
-OWN_ERROR = 1.2
+OWN_ERROR, OWN_ERROR_OF_ONE = 1.2, 1.5
 BACKENDS = [name for name, reason in backends.status().items() if reason is None]
 FORWARD, GRADIENTS = ("video_full", "video_ragged", "image"), ("grad_eval", "grad_train")
 
@@ -31,6 +33,13 @@ class Run:
 
     def __init__(self, tower: nn.Module, case: str) -> None:
         dtype = next(tower.parameters()).dtype
+        self.gradients: dict[str, Tensor] = {}
+        with products_in(dtype):
+            self.run(tower, case, dtype)
+        self.buffers = {name: buffer.clone() for name, buffer in tower.named_buffers()}
+        tower.zero_grad()
+
+    def run(self, tower: nn.Module, case: str, dtype: torch.dtype) -> None:
         pixels = torch.from_numpy(golden.pixels(case, **golden.CASES[case])).to(dtype)
         tower.train(case == "grad_train")
         wants_gradients = case in GRADIENTS
@@ -44,7 +53,6 @@ class Run:
                 tokens, grids = tower(pixels, nn.Identity())
                 self.grid = torch.stack(grids)
         self.tokens = [frame.detach() for frame in tokens]
-        self.gradients: dict[str, Tensor] = {}
         if wants_gradients:
             cotangents = [torch.from_numpy(golden.cotangent(case, i, tuple(t.shape))) for i, t in enumerate(tokens)]
             loss = (torch.cat(tuple(tokens)) * torch.cat(cotangents).to(dtype)).sum()
@@ -53,8 +61,6 @@ class Run:
             assert pixels.grad is not None
             self.pixel_gradient = pixels.grad
             self.gradients = {name: p.grad for name, p in tower.named_parameters() if p.grad is not None}
-        self.buffers = {name: buffer.clone() for name, buffer in tower.named_buffers()}
-        tower.zero_grad()
 
 
 def expected(case: str) -> Any:
@@ -81,9 +87,9 @@ def errors(run: Run, case: str, exact: dict[str, Tensor]) -> dict[str, float]:
     found = {"tokens": error(rows, np.concatenate([want[f"tokens{i}"] for i in range(len(run.tokens))]))}
     if run.gradients:
         found["pixels"] = error(run.pixel_gradient[:, :, :, ::37, ::37], want["grad_pixels"])
-        # Root mean square over the parameters of each one's relative error.
-        each = torch.tensor([error(g, exact[name].numpy()) for name, g in run.gradients.items()])
-        found["parameters"] = float(each.square().mean().sqrt())
+        each = {f"gradient of {name}": error(g, exact[name].numpy()) for name, g in run.gradients.items()}
+        found["parameters"] = float(torch.tensor(list(each.values())).square().mean().sqrt())
+        found |= each
     return found
 
 
@@ -152,4 +158,6 @@ def test_error_is_no_more_than_the_released_arithmetics(backend, case, dtype, go
                                                         exact_gradients):
     found = errors(Run(tower(STAB, golden_weights, dtype, backend), case), case, exact_gradients(case))
     released = released_errors(case, dtype)
-    assert {name: e for name, e in found.items() if not e <= OWN_ERROR * released[name]} == {}, released
+    limits = {name: OWN_ERROR_OF_ONE * e + torch.finfo(dtype).eps if name.startswith("gradient of ") else OWN_ERROR * e
+              for name, e in released.items()}
+    assert {name: (e, limits[name]) for name, e in found.items() if not e <= limits[name]} == {}

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from . import refusals  # noqa: F401
+from ._arithmetic import as_float32, total
 
 
 def _padding(weight: Tensor) -> list[int]:
@@ -12,8 +13,9 @@ def _padding(weight: Tensor) -> list[int]:
 
 
 def fwd(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
-    channels_first = x.movedim(-1, 1)
-    y = torch.conv3d(channels_first, weight, bias, padding=_padding(weight), groups=x.shape[-1]).movedim(1, -1)
+    dtype = torch.float32 if as_float32(x) else x.dtype
+    y = torch.conv3d(x.to(dtype).movedim(-1, 1), weight.to(dtype), None if bias is None else bias.to(dtype),
+                     padding=_padding(weight), groups=x.shape[-1]).movedim(1, -1).to(x.dtype)
     return (y + x if residual else y).contiguous()
 
 
@@ -29,10 +31,11 @@ def _precise(x: Tensor, weight: Tensor) -> bool:
 def bwd(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, *,
         needs: list[bool]) -> list[Tensor | None]:
     channels = x.shape[-1]
-    dtype = torch.float32 if _precise(x, weight) else x.dtype
-    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        grad.to(dtype).movedim(-1, 1), x.to(dtype).movedim(-1, 1), weight.to(dtype), [channels], [1, 1, 1],
-        _padding(weight), [1, 1, 1], False, [0, 0, 0], channels, [needs[0], needs[1], bias is not None and needs[2]])
+    dtype = torch.float32 if as_float32(x) or _precise(x, weight) else x.dtype
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad.to(dtype).movedim(-1, 1), x.to(dtype).movedim(-1, 1), weight.to(dtype), None, [1, 1, 1],
+        _padding(weight), [1, 1, 1], False, [0, 0, 0], channels, [needs[0], needs[1], False])
+    grad_bias = total(grad) if bias is not None and needs[2] else None
     if needs[0]:
         grad_x = grad_x.movedim(1, -1)
         grad_x = grad_x + grad if residual else grad_x

@@ -62,5 +62,5 @@ def norm_and_w1(grad_inner: Tensor, x: Tensor, norm_scale: Tensor, norm_shift: T
     products = matmul(rows(grad_inner).T, rows(x)).to(wide(x))
     sums, precise = total(grad_inner), w1.to(wide(x))
     grad_w1 = products * norm_scale.to(precise.dtype) + sums[:, None] * norm_shift.to(precise.dtype)
-    return [(precise * products).sum(0).to(norm_scale.dtype), (sums @ precise).to(norm_shift.dtype),
+    return [(precise * products).sum(0).to(norm_scale.dtype), (sums.double() @ precise.double()).to(norm_shift.dtype),
             grad_w1.to(w1.dtype), sums.to(b1.dtype)]
