@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "core/batch_statistics.h"
 #include "core/drivers.h"
 #include "core/parallel.h"
 #include "core/product.h"
@@ -14,6 +15,20 @@
 #include "tensors.h"
 
 namespace {
+
+void batch_statistics(const Tensor& x, Tensor result) {
+  const panda::Dtype dtype = dtype_of(x);
+  const auto [rows, c] = sizes<2>(x);
+  STD_TORCH_CHECK(rows > 0, "panda_kernels: expected tokens, got none");
+  panda::batch_statistics(dtype, in(x, dtype, {rows, c}), rows, c, floats_out(result, {2, c}));
+}
+
+void affine(const Tensor& x, const Tensor& scale, const Tensor& shift, Tensor y) {
+  const panda::Dtype dtype = dtype_of(x);
+  const auto [rows, c] = sizes<2>(x);
+  panda::affine({dtype, in(x, dtype, {rows, c}), c, floats(scale, {c}), floats(shift, {c}), out(y, dtype, {rows, c})},
+                rows);
+}
 
 void pack(const Tensor& w, int64_t matrices, bool transposed, Tensor to) {
   const panda::Dtype dtype = dtype_of(w);
@@ -195,15 +210,27 @@ void window_attention_pool_gradient(const Tensor& grad, const Tensor& x, const T
                                         forward, back, out(grad_x, dtype, {frames, h, w, c}), to);
 }
 
+constexpr int64_t kLargestSide = 1 << 20;  // where the grid is not known; beyond, the counts could overflow
+
 void assemble_tokens(const Tensor& y, const Tensor& f, const Tensor& split, const Tensor& corners, int64_t window,
                      Tensor tokens) {
-  constexpr int64_t kLargestSide = 1 << 20;  // the grid is not known here; beyond, the counts could overflow
   const panda::Dtype dtype = dtype_of(y);
   const auto [frames, c] = sizes<2>(f);
   const int64_t* rectangles = integers(corners, {frames, 4});
   const Counts counts = count(rectangles, frames, kLargestSide, kLargestSide, window);
   panda::assemble_tokens(dtype, in(y, dtype, {counts.windows, c}), in(f, dtype, {frames, c}), in(split, dtype, {c}),
                          rectangles, frames, window, c, out(tokens, dtype, {counts.tokens, c}));
+}
+
+void assemble_tokens_gradient(const Tensor& grad, const Tensor& corners, int64_t window, Tensor y, Tensor f,
+                              Tensor split) {
+  const panda::Dtype dtype = dtype_of(grad);
+  const auto [frames, c] = sizes<2>(f);
+  const int64_t* rectangles = integers(corners, {frames, 4});
+  const Counts counts = count(rectangles, frames, kLargestSide, kLargestSide, window);
+  panda::assemble_tokens_gradient(dtype, in(grad, dtype, {counts.tokens, c}), rectangles, frames, window, c,
+                                  out(y, dtype, {counts.windows, c}), out(f, dtype, {frames, c}),
+                                  floats_out(split, {c}));
 }
 
 void linear(const Tensor& x, const Tensor& w, const Tensor& bias, bool quick_gelu, Tensor y) {
@@ -303,6 +330,8 @@ STABLE_TORCH_LIBRARY(panda_kernels_cpu, m) {
   m.def("isa() -> str");
   m.def("set_isa(str name) -> bool");
   m.def("packed_bytes(bool bfloat16, int n, int k) -> int");
+  m.def("batch_statistics(Tensor x, Tensor(a!) result) -> ()");
+  m.def("affine(Tensor x, Tensor scale, Tensor shift, Tensor(a!) y) -> ()");
   m.def("pack(Tensor w, int matrices, bool transposed, Tensor(a!) to) -> ()");
   m.def("depthwise_conv3d(Tensor x, Tensor taps, Tensor? bias, int kt, int kh, int kw, Tensor(a!) y) -> ()");
   m.def("depthwise_gradient(Tensor x, Tensor grad, int kt, int kh, int kw, Tensor(a!) taps, Tensor(b!) bias) -> ()");
@@ -322,6 +351,9 @@ STABLE_TORCH_LIBRARY(panda_kernels_cpu, m) {
       "window_attention_pool_gradient(Tensor grad, Tensor x, Tensor corners, Tensor[] weights, int heads, int window, "
       "float eps, Tensor(a!) grad_x, Tensor(b!)[] sums) -> ()");
   m.def("assemble_tokens(Tensor y, Tensor f, Tensor split, Tensor corners, int window, Tensor(a!) tokens) -> ()");
+  m.def(
+      "assemble_tokens_gradient(Tensor grad, Tensor corners, int window, Tensor(a!) y, Tensor(b!) f, "
+      "Tensor(c!) split) -> ()");
   m.def("linear(Tensor x, Tensor w, Tensor bias, bool quick_gelu, Tensor(a!) y) -> ()");
   m.def("product(Tensor x, Tensor w, Tensor? bias, Tensor? residual, Tensor(a!) y) -> ()");
   m.def("weight_gradient(Tensor grad, Tensor x, bool add, Tensor(a!) w, Tensor(b!) b) -> ()");
@@ -339,6 +371,8 @@ STABLE_TORCH_LIBRARY_IMPL(panda_kernels_cpu, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(panda_kernels_cpu, CPU, m) {
+  m.impl("batch_statistics", TORCH_BOX(&batch_statistics));
+  m.impl("affine", TORCH_BOX(&affine));
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("depthwise_conv3d", TORCH_BOX(&depthwise_conv3d));
   m.impl("depthwise_gradient", TORCH_BOX(&depthwise_gradient));
@@ -350,6 +384,7 @@ STABLE_TORCH_LIBRARY_IMPL(panda_kernels_cpu, CPU, m) {
   m.impl("window_attention_pool", TORCH_BOX(&window_attention_pool));
   m.impl("window_attention_pool_gradient", TORCH_BOX(&window_attention_pool_gradient));
   m.impl("assemble_tokens", TORCH_BOX(&assemble_tokens));
+  m.impl("assemble_tokens_gradient", TORCH_BOX(&assemble_tokens_gradient));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("product", TORCH_BOX(&product));
   m.impl("weight_gradient", TORCH_BOX(&weight_gradient));

@@ -6,6 +6,7 @@ Importing this package needs neither a compiled extension, nor Triton, nor a GPU
 from .ops import (
     assemble_tokens,
     attention_pool,
+    batch_statistics,
     depthwise_conv3d,
     local_encoding,
     patch_embed,
@@ -16,5 +17,5 @@ from .rectangles import Rectangles
 
 __version__ = "0.1.0"
 
-__all__ = ["Rectangles", "__version__", "assemble_tokens", "attention_pool", "depthwise_conv3d", "local_encoding",
-           "patch_embed", "token_mlp", "window_attention_pool"]
+__all__ = ["Rectangles", "__version__", "assemble_tokens", "attention_pool", "batch_statistics",
+           "depthwise_conv3d", "local_encoding", "patch_embed", "token_mlp", "window_attention_pool"]

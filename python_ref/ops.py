@@ -15,6 +15,7 @@ from .projector import token_mlp
 __all__ = [
     "assemble_tokens",
     "attention_pool",
+    "batch_statistics",
     "depthwise_conv3d",
     "local_encoding",
     "patch_embed",
@@ -37,3 +38,10 @@ def attention_pool(x: Tensor, queries: Tensor, *, cu_seqlens: Tensor | None = No
     normalised = F.layer_norm(x, x.shape[-1:], eps=eps)
     weights = torch.softmax(queries @ normalised.transpose(-2, -1), dim=-1)
     return weights @ normalised
+
+
+def batch_statistics(x: Tensor) -> Tensor:
+    """Mean and biased variance of each channel of ``x [..., C]``, ``[2, C]``, at least float32 as in torch's norms."""
+    tokens = x.flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32))
+    var, mean = torch.var_mean(tokens, 0, correction=0)
+    return torch.stack([mean, var])

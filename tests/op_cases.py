@@ -54,6 +54,11 @@ def _calls(dtypes: tuple[torch.dtype, ...], first_only: bool) -> Iterator[Any]:
                             yield pytest.param(backend, device, op, case, dtype, id=name, marks=marks)
 
 
+def result_dtype(op: str, dtype: torch.dtype) -> torch.dtype:
+    """Statistics are never in half precision."""
+    return torch.promote_types(dtype, torch.float32) if op == "batch_statistics" else dtype
+
+
 def is_float(value: object) -> bool:
     return isinstance(value, Tensor) and value.dtype.is_floating_point
 

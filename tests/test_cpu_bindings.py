@@ -126,6 +126,19 @@ def weight_gradient_arguments() -> Arguments:
             "b": torch.empty(16)}
 
 
+def assemble_gradient_arguments() -> Arguments:
+    return {"grad": torch.zeros(13, 16), "corners": rectangles(1, 4, 2, 6), "window": 2, "y": torch.empty(8, 16),
+            "f": torch.empty(2, 16), "split": torch.empty(16)}
+
+
+def statistics_arguments() -> Arguments:
+    return {"x": torch.zeros(5, 16), "result": torch.empty(2, 16)}
+
+
+def affine_arguments() -> Arguments:
+    return {"x": torch.zeros(5, 16), "scale": torch.zeros(16), "shift": torch.zeros(16), "y": torch.empty(5, 16)}
+
+
 GRID = (1, 2, 4, 6, 16)
 ARGUMENTS: dict[str, Callable[[], Arguments]] = {
     "pack": pack_arguments, "depthwise_conv3d": depthwise_arguments, "patch_embed": patch_arguments,
@@ -134,7 +147,8 @@ ARGUMENTS: dict[str, Callable[[], Arguments]] = {
     "token_mlp": mlp_arguments, "stab_tower": tower_arguments, "depthwise_gradient": depthwise_gradient_arguments,
     "patch_embed_gradient": patch_gradient_arguments, "attention_pool_gradient": pool_gradient_arguments,
     "window_attention_pool_gradient": window_pool_gradient_arguments, "product": product_arguments,
-    "weight_gradient": weight_gradient_arguments}
+    "weight_gradient": weight_gradient_arguments, "assemble_tokens_gradient": assemble_gradient_arguments,
+    "batch_statistics": statistics_arguments, "affine": affine_arguments}
 
 NOT_RECTANGLES = [rectangles(3, 0, 2, 6), rectangles(1, 2, 2, 6), rectangles(1, 4, 5, 6), rectangles(-1, 2, 2, 6),
                   rectangles(1, 4, -2, 2), rectangles(2**62, -2**62, 2, 6), torch.tensor([[0, 4, 0, 6]]),
@@ -163,6 +177,18 @@ def damaged(op: str, name: str = "weights") -> list[Arguments]:
 
 
 WRONG: dict[str, list[Arguments]] = {
+    "batch_statistics": [
+        *each("x", torch.zeros(5, 17), torch.zeros(0, 16), torch.zeros(16, 5).T, torch.zeros(5, 16).half()),
+        *each("result", torch.empty(3, 16), torch.empty(2, 15), torch.empty(2, 16).bfloat16())],
+    "affine": [
+        *each("x", torch.zeros(6, 16), torch.zeros(5, 17), torch.zeros(5, 16).bfloat16()),
+        *each("scale", torch.zeros(15), torch.zeros(16).bfloat16()), *each("shift", torch.zeros(17)),
+        *each("y", torch.empty(4, 16), torch.empty(5, 16).bfloat16(), torch.empty(16, 5).T)],
+    "assemble_tokens_gradient": [
+        *each("corners", *NOT_RECTANGLES), *each("window", 0, 1),
+        *each("grad", torch.zeros(12, 16), torch.zeros(13, 15), torch.zeros(13, 16).bfloat16()),
+        *each("y", torch.empty(7, 16), torch.empty(8, 16).bfloat16()), *each("f", torch.empty(3, 16)),
+        *each("split", torch.empty(15), torch.empty(16).bfloat16())],
     "pack": [
         *each("w", torch.zeros(2, 40, 24), torch.zeros(2, 16, 25), torch.zeros(16, 24), torch.zeros(2, 16, 24).half(),
               torch.zeros(3, 16, 24), torch.zeros(2, 16, 24).bfloat16()),

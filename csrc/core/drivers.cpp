@@ -136,24 +136,51 @@ void window_attention_pool(Dtype dtype, const void* x, const int64_t* corners, i
   }
 }
 
+namespace {
+
+// frame(token, i) and row(token, first window, windows), in order: where each frame's token, each row of windows and
+// the split token behind it lie.
+template <class Frame, class Row>
+void over_tokens(const int64_t* corners, int64_t frames, int64_t window, const Frame& frame, const Row& row) {
+  int64_t token = 0, first = 0;
+  for (int64_t i = 0; i < frames; ++i) {
+    const int64_t* r = corners + i * 4;
+    const int64_t rows = (r[1] - r[0]) / window, cols = (r[3] - r[2]) / window;
+    frame(token++, i);
+    for (int64_t j = 0; j < rows; ++j, token += cols + 1, first += cols) row(token, first, cols);
+  }
+}
+
+}  // namespace
+
 void assemble_tokens(Dtype dtype, const void* y, const void* f, const void* split, const int64_t* corners,
                      int64_t frames, int64_t window, int64_t c, void* tokens) {
-  const int64_t token = c * size_of(dtype);
-  const char* from = static_cast<const char*>(y);
-  char* to = static_cast<char*>(tokens);
-  const auto put = [&](const void* data, int64_t count) {
-    std::memcpy(to, data, count * token);
-    to += count * token;
+  const int64_t size = c * size_of(dtype);
+  const auto put = [&](int64_t token, const void* from, int64_t i, int64_t count) {
+    std::memcpy(static_cast<char*>(tokens) + token * size, static_cast<const char*>(from) + i * size, count * size);
   };
-  for (int64_t frame = 0; frame < frames; ++frame) {
-    const int64_t* r = corners + frame * 4;
-    const int64_t rows = (r[1] - r[0]) / window, cols = (r[3] - r[2]) / window;
-    put(static_cast<const char*>(f) + frame * token, 1);
-    for (int64_t row = 0; row < rows; ++row, from += cols * token) {
-      put(from, cols);
-      put(split, 1);
-    }
-  }
+  over_tokens(
+      corners, frames, window, [&](int64_t token, int64_t frame) { put(token, f, frame, 1); },
+      [&](int64_t token, int64_t first, int64_t cols) {
+        put(token, y, first, cols);
+        put(token + cols, split, 0, 1);
+      });
+}
+
+void assemble_tokens_gradient(Dtype dtype, const void* grad, const int64_t* corners, int64_t frames, int64_t window,
+                              int64_t c, void* y, void* f, float* split) {
+  const int64_t size = c * size_of(dtype);
+  const auto get = [&](int64_t token, void* to, int64_t i, int64_t count) {
+    std::memcpy(static_cast<char*>(to) + i * size, static_cast<const char*>(grad) + token * size, count * size);
+  };
+  std::vector<int64_t> ends;
+  over_tokens(
+      corners, frames, window, [&](int64_t token, int64_t frame) { get(token, f, frame, 1); },
+      [&](int64_t token, int64_t first, int64_t cols) {
+        get(token, y, first, cols);
+        ends.push_back(token + cols);
+      });
+  kernels().sum_rows({dtype, grad, ends.data(), int64_t(ends.size()), c, split});
 }
 
 void linear(const Linear& a) {

@@ -52,6 +52,10 @@ void window_attention_pool(Dtype, const void* x, const int64_t* corners, int64_t
 void assemble_tokens(Dtype, const void* y, const void* f, const void* split, const int64_t* corners, int64_t frames,
                      int64_t window, int64_t c, void* tokens);
 
+// The gradients of y, f and, summed over all rows of windows, the split token, from that of the tokens.
+void assemble_tokens_gradient(Dtype, const void* grad, const int64_t* corners, int64_t frames, int64_t window,
+                              int64_t c, void* y, void* f, float* split);
+
 void linear(const Linear&);
 
 // out [rows][n] = gelu(x w1^T + b1) w2^T + b2; w1 packed [hidden, c], w2 packed [n, hidden].

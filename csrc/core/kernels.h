@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "batch_statistics.h"
 #include "depthwise.h"
 #include "gemm.h"
 #include "linear.h"

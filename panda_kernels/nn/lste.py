@@ -73,13 +73,13 @@ def batch_norm_affine(norm: nn.BatchNorm3d | nn.SyncBatchNorm, x: Tensor | None 
     if norm.training:
         if x is None:
             raise ValueError("LSTE: x: expected tokens to take batch statistics from, got None")
-        tokens = x.flatten(0, -2).to(dtype)
-        if tokens.shape[0] < 2:
+        tokens = x.numel() // x.shape[-1]
+        count: int | Tensor = tokens
+        if tokens < 2:
             raise ValueError("LSTE: x: expected more than one token to take batch statistics from, got 1")
-        var, mean = torch.var_mean(tokens, 0, correction=0)
-        count: int | Tensor = tokens.shape[0]
+        mean, var = ops.batch_statistics(x).to(dtype)
         if isinstance(norm, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized():
-            mean, var, count = _over_processes(mean, var, tokens.shape[0], norm.process_group)
+            mean, var, count = _over_processes(mean, var, tokens, norm.process_group)
         _update_running_statistics(norm, mean.detach(), var.detach(), count)
     else:
         assert norm.running_mean is not None and norm.running_var is not None

@@ -1,4 +1,4 @@
-"""Whole rows copied to their place."""
+"""Whole rows copied to their place, and back."""
 from __future__ import annotations
 
 import torch
@@ -13,3 +13,11 @@ def fwd(y: Tensor, f: Tensor, split: Tensor, corners: Tensor, num_tokens: int, w
     tokens = torch.empty(num_tokens, y.shape[1], dtype=windows.dtype)
     kernels.assemble_tokens(windows, array(f), array(split), corners.contiguous(), window, tokens)
     return tokens.to(y.dtype)
+
+
+def bwd(grad: Tensor, y: Tensor, f: Tensor, split: Tensor, corners: Tensor, num_tokens: int, window: int, *,
+        needs: list[bool]) -> list[Tensor | None]:
+    tokens = array(grad)
+    grads = [torch.empty(*t.shape, dtype=tokens.dtype) for t in (y, f)] + [torch.empty(*split.shape)]
+    kernels.assemble_tokens_gradient(tokens, corners.contiguous(), window, *grads)
+    return [g.to(y.dtype) for g in grads]
