@@ -115,13 +115,16 @@ def _backends() -> dict[str, str]:
 
 
 def _tuning() -> dict[str, str]:
-    """For each device that can be tuned for, where its settings come from."""
+    """Where measured settings are looked for. Which of them hold on a GPU only its name tells, so only a context."""
     from .backends import load_error
-    from .tuning.lookup import in_use
+    from .tuning import lookup, store
 
-    devices = {"cpu": "cpu", "triton": "cuda:0"}
-    return {f"{device}, {kind}": line for backend, device in devices.items() if load_error(backend) is None
-            for kind, line in in_use(backend, device).items()}
+    folders = {"cache": store.cache_folder(), "shipped": store.SHIPPED}
+    found = {kind: ", ".join(sorted(file.name for file in folder.glob("*.json"))) for kind, folder in folders.items()}
+    lines = {kind: f"{folder}: {found[kind] or 'no files'}" for kind, folder in folders.items()}
+    if load_error("cpu") is None:
+        lines["in use on the cpu"] = "{} settings of the cache, {} shipped".format(*lookup.in_use("cpu", "cpu"))
+    return lines
 
 
 def main(as_json: bool = False) -> int:

@@ -165,7 +165,7 @@ def main(args: argparse.Namespace) -> int:
         name = str(identity.device_of(backend, device)["name"])
         file = store.file_of(store.cache_folder(), name)
         store.update(file, [])  # better to know now that it cannot be written
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"panda-kernels autotune: error: {error}", file=sys.stderr)
         return 2
     print(f"{name}: timing; other work on this machine spoils it", file=sys.stderr)
@@ -187,6 +187,8 @@ def main(args: argparse.Namespace) -> int:
 def _device(asked: str | None) -> tuple[str, str]:
     """The device as tensors name it, and the backend that is tuned there."""
     device = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu or a GPU, got {device}")
     backend = "cpu" if device.type == "cpu" else "triton"
     if reason := backends.load_error(backend):
         raise ValueError(f"--device {device}: the {backend} backend cannot be used: {reason}")

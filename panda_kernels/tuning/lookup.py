@@ -95,16 +95,9 @@ def _by_kernel(entries: list[Entry]) -> dict[str, list[Entry]]:
     return kernels
 
 
-def in_use(backend: str, device: str) -> dict[str, str]:
-    """For a bug report: the cache and the shipped file of a device, and how many settings of each hold here."""
-    name = str(identity.device_of(backend, device)["name"])
-    files = {"cache": store.cache_folder(), "shipped": store.SHIPPED}
-    found = _entries(backend, device, torch.get_num_threads())
-    lines = {}
-    for (kind, folder), entries in zip(files.items(), found, strict=True):
-        file, count = store.file_of(folder, name), sum(map(len, entries.values()))
-        lines[kind] = f"{count} settings in use, of {file}" if file.exists() else f"none ({file} does not exist)"
-    return lines
+def in_use(backend: str, device: str) -> list[int]:
+    """How many settings hold on a device: of the user's cache, and of the file shipped for it."""
+    return [sum(map(len, kernels.values())) for kernels in _entries(backend, device, torch.get_num_threads())]
 
 
 def forget() -> None:

@@ -35,6 +35,6 @@ _thread = _Thread()
 def tune(space: Space, like: Tensor, **shape: Value) -> None:
     """Give this thread's next calls of the core the parameters of ``space`` that were measured for such a call."""
     wanted = choose(space, DEFAULT, like, **shape)
-    if wanted != _thread.tuning:
+    if wanted is not _thread.tuning and wanted != _thread.tuning:
         kernels.set_tuning(list(astuple(wanted)))
         _thread.tuning = wanted
