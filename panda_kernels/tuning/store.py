@@ -44,7 +44,7 @@ def cache_folder() -> Path:
     """PANDA_KERNELS_CACHE, or ``panda_kernels`` in XDG_CACHE_HOME or ``~/.cache``."""
     if folder := os.environ.get("PANDA_KERNELS_CACHE"):
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "panda_kernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "panda_kernels"
 
 
 def file_of(folder: Path, device_name: str) -> Path:
