@@ -7,6 +7,7 @@ an error, PANDA_KERNELS_BUILD=0 skips the extension.
 """
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -46,6 +47,12 @@ def torch_folder() -> Path:
         if (folder / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
             return folder
     raise RuntimeError("no torch >= 2.11 was installed to build against; install torch first, then this package again")
+
+
+def digest() -> str:
+    """Of all that is compiled: settings that were tuned for other sources are not taken for these."""
+    files = sorted(file for file in (ROOT / "csrc").rglob("*") if file.suffix in (".cpp", ".h", ".inc", ".py"))
+    return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def version_of(torch: Path) -> str:
@@ -119,7 +126,7 @@ class BuildExtension(build_ext):
             objects = list(pool.map(compile_one, jobs))
         run(*compiler, "-shared", "-s", "-o", str(target), *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10")
         version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, text=True).stdout
-        return {"compiler": version.splitlines()[0], "torch_headers": version_of(torch)}
+        return {"compiler": version.splitlines()[0], "torch_headers": version_of(torch), "sources": digest()}
 
 
 class Wheel(bdist_wheel):

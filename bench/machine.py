@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import panda_kernels
 from panda_kernels import info
+from panda_kernels.tuning.timer import finished
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
@@ -49,13 +50,6 @@ def measure_peaks(device: str) -> Peaks:
     with torch.device(device):
         rates = {str(dtype).removeprefix("torch."): _matrix_rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
         return Peaks(_copy_rate(large, 4), _copy_rate(small, 50), cache, rates)
-
-
-def finished(call: Callable[[], object]) -> None:
-    """``call``, and what it started on a GPU."""
-    call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def facts(peaks: Peaks, device: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,10 +10,9 @@ from typing import Any
 import torch
 
 from panda_kernels.spec import Cost
+from panda_kernels.tuning.timer import Call, finished, rounds_for, timed
 
-from .machine import Peaks, finished
-
-Call = Callable[[], object]
+from .machine import Peaks
 
 
 @dataclass(frozen=True)
@@ -72,24 +70,15 @@ class Bench:
         self.fixture.extra_info.update(self.facts, **labels, **peaks)
 
     def _interleave(self, ours: Call, peers: Mapping[str, Call]) -> dict[str, list[float]]:
-        once = sum(_timed(call) for call in (*peers.values(), ours))
-        if once < self.seconds / 4:  # the first pass also warms up; a long one cannot be afforded twice
-            once = sum(_timed(call) for call in (*peers.values(), ours))
-        rounds = min(max(3, round(self.seconds / once)), 100)
+        rounds = rounds_for((*peers.values(), ours), self.seconds)
         samples: dict[str, list[float]] = {name: [] for name in peers}
 
         def time_peers() -> None:
             for name, call in peers.items():
-                samples[name].append(_timed(call))
+                samples[name].append(timed(call))
 
         self.fixture.pedantic(ours, setup=time_peers, rounds=rounds)
         return samples
-
-
-def _timed(call: Call) -> float:
-    start = time.perf_counter()
-    finished(call)
-    return time.perf_counter() - start
 
 
 def _summary(seconds: list[float], ours: float) -> dict[str, float]:

@@ -4,12 +4,15 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <stdexcept>
+
 #include "core/batch_statistics.h"
 #include "core/drivers.h"
 #include "core/parallel.h"
 #include "core/product.h"
 #include "core/tier.h"
 #include "core/tower.h"
+#include "core/tuning.h"
 #include "core/weight_gradient.h"
 #include "core/window_pool_gradient.h"
 #include "tensors.h"
@@ -315,6 +318,18 @@ void stab_tower(const Tensor& pixels, const std::optional<Tensor>& present, cons
 
 std::string isa() { return panda::tier_name(); }
 bool set_isa(std::string name) { return panda::set_tier(name.c_str()); }
+
+// The parameters in the order of panda_kernels/backends/cpu/_tuning.py.
+std::vector<int64_t> set_tuning(std::vector<int64_t> v) {
+  STD_TORCH_CHECK(v.size() == 5, "panda_kernels: tuning: expected 5 parameters, got ", v.size());
+  try {
+    const panda::Tuning was = panda::set_tuning({v[0], v[1], v[2], v[3], v[4]});
+    return {was.band_tokens, was.product_rows, was.block_windows, was.stencil_rows, was.staged_channels};
+  } catch (const std::invalid_argument& error) {
+    STD_TORCH_CHECK(false, "panda_kernels: ", error.what());
+  }
+}
+
 int64_t packed_bytes(bool bfloat16, int64_t n, int64_t k) {
   return panda::packed_bytes(bfloat16 ? panda::Dtype::bfloat16 : panda::Dtype::float32, n, k);
 }
@@ -329,6 +344,7 @@ STABLE_TORCH_LIBRARY(panda_kernels_cpu, m) {
   panda::set_parallel_for(torch_parallel_for);
   m.def("isa() -> str");
   m.def("set_isa(str name) -> bool");
+  m.def("set_tuning(int[] parameters) -> int[]");
   m.def("packed_bytes(bool bfloat16, int n, int k) -> int");
   m.def("batch_statistics(Tensor x, Tensor(a!) result) -> ()");
   m.def("affine(Tensor x, Tensor scale, Tensor shift, Tensor(a!) y) -> ()");
@@ -367,6 +383,7 @@ STABLE_TORCH_LIBRARY(panda_kernels_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(panda_kernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("set_isa", TORCH_BOX(&set_isa));
+  m.impl("set_tuning", TORCH_BOX(&set_tuning));
   m.impl("packed_bytes", TORCH_BOX(&packed_bytes));
 }
 

@@ -16,6 +16,7 @@
 
 #include "core/drivers.h"
 #include "core/tier.h"
+#include "core/tuning.h"
 #include "core/weight_gradient.h"
 #include "core/window_pool_gradient.h"
 
@@ -239,6 +240,15 @@ PYBIND11_MODULE(panda_core, m) {
   m.def("set_tier", &set_tier, "name"_a);
   m.def("requested_isa",
         []() -> py::object { return requested_isa() ? py::object(py::str(requested_isa())) : py::object(py::none()); });
+
+  m.def(
+      "set_tuning",
+      [](int64_t band, int64_t rows, int64_t windows, int64_t stencil, int64_t staged) {
+        const Tuning was = set_tuning({band, rows, windows, stencil, staged});
+        return py::make_tuple(was.band_tokens, was.product_rows, was.block_windows, was.stencil_rows,
+                              was.staged_channels);
+      },
+      "band_tokens"_a, "product_rows"_a, "block_windows"_a, "stencil_rows"_a, "staged_channels"_a);
 
   m.attr("PANEL") = kPanel;
   m.def("pack", &pack_weight, "w"_a, "to_bfloat16"_a);

@@ -1,4 +1,4 @@
-"""``panda-kernels info | verify | encode``: arguments and exit codes; each command's work is in the module it names."""
+"""``panda-kernels info | verify | encode | autotune``: arguments and exit codes; the work is in the module of each."""
 from __future__ import annotations
 
 import argparse
@@ -10,6 +10,7 @@ import torch
 
 from . import encode, info, verify
 from .backends import BackendError, status
+from .tuning import autotune
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -18,6 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_info(commands)
     _add_verify(commands)
     _add_encode(commands)
+    _add_autotune(commands)
     return parser
 
 
@@ -67,6 +69,17 @@ def _add_encode(commands: Commands) -> None:
     parser.add_argument("--backend", default="auto", help="see 'panda-kernels info' (default: %(default)s)")
     parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
     parser.set_defaults(run=_encode, parser=parser)
+
+
+def _add_autotune(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "autotune",
+        help="measure the kernels' settings on this machine",
+        description="Time the settings that each kernel declares, on a machine that does nothing else, and keep those "
+        "that are faster than its heuristic. Later calls find them; docs/design.md says how.",
+    )
+    autotune.add_arguments(parser)
+    parser.set_defaults(run=autotune.main)
 
 
 def _frames(text: str) -> int:

@@ -23,6 +23,7 @@ def collect() -> dict[str, dict[str, str]]:
         "extension": _extension(),
         "gpu": _gpu(),
         "backends": _backends(),
+        "tuning": _tuning(),
         "environment": {n: v for n, v in sorted(os.environ.items()) if n.startswith(("PANDA_KERNELS_", "TRITON_"))},
     }
 
@@ -41,10 +42,11 @@ def _versions() -> dict[str, str]:
     from . import __version__
 
     versions = {"panda_kernels": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    return versions | {name: _installed(name) for name in PACKAGES}
+    return versions | {name: installed(name) for name in PACKAGES}
 
 
-def _installed(package: str) -> str:
+def installed(package: str) -> str:
+    """Its version."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -52,11 +54,12 @@ def _installed(package: str) -> str:
 
 
 def _machine() -> dict[str, str]:
-    model, flags = _cpuinfo()
+    fields = _cpuinfo()
+    flags = f"{fields.get('flags', '')} {fields.get('Features', '')}".split()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "system": platform.platform(),
-        "cpu": model or platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cpu flags": " ".join(f for f in CPU_FLAGS if f in flags) or "none of those the kernels know",
         "cores": f"{os.cpu_count()} ({usable} usable)",
         "torch threads": str(torch.get_num_threads()),
@@ -64,17 +67,26 @@ def _machine() -> dict[str, str]:
     }
 
 
-def _cpuinfo() -> tuple[str, set[str]]:
-    """Model name and feature flags, as far as the system tells."""
+def cpu_name() -> str:
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def cpu_model() -> str:
+    """Family and model as numbers, as far as the system tells: names can be those of a whole line of processors."""
+    return ".".join(_cpuinfo().get(name, "") for name in ("cpu family", "model")).strip(".")
+
+
+def _cpuinfo() -> dict[str, str]:
+    """What the system tells of its first processor."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return "", set()
+        return {}
     fields: dict[str, str] = {}
     for line in text.splitlines():
         name, _, value = line.partition(":")
         fields.setdefault(name.strip(), value.strip())
-    return fields.get("model name", ""), set(f"{fields.get('flags', '')} {fields.get('Features', '')}".split())
+    return fields
 
 
 def _extension() -> dict[str, str]:
@@ -100,6 +112,19 @@ def _backends() -> dict[str, str]:
     from .backends import status
 
     return {name: reason or "there" for name, reason in status().items()}
+
+
+def _tuning() -> dict[str, str]:
+    """Where measured settings are looked for. Which of them hold on a GPU only its name tells, so only a context."""
+    from .backends import load_error
+    from .tuning import lookup, store
+
+    folders = {"cache": store.cache_folder(), "shipped": store.SHIPPED}
+    found = {kind: ", ".join(sorted(file.name for file in folder.glob("*.json"))) for kind, folder in folders.items()}
+    lines = {kind: f"{folder}: {found[kind] or 'no files'}" for kind, folder in folders.items()}
+    if load_error("cpu") is None:
+        lines["in use on the cpu"] = "{} settings of the cache, {} shipped".format(*lookup.in_use("cpu", "cpu"))
+    return lines
 
 
 def main(as_json: bool = False) -> int:

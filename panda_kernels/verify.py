@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import groupby, product
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,11 +96,15 @@ def in_float64(inputs: Inputs) -> Inputs:
 
 def refusals(spec: OpSpec, backend: str, inputs: Inputs, direction: str = "fwd") -> list[str]:
     """Why ``backend`` does not serve ``direction`` (``fwd`` or ``bwd``) of this call; empty if it does."""
+    return backends.refusals(backend, spec.name, direction, arguments(spec, inputs))
+
+
+def arguments(spec: OpSpec, inputs: Inputs) -> list[Any]:
+    """The arguments of a call as the backends take them: in the order of the schema, defaults included."""
     call = inspect.signature(public_op(spec)).bind(**inputs)
     call.apply_defaults()
     schema = getattr(torch.ops.panda_kernels, spec.name).default._schema
-    arguments = [call.arguments.get(a.name) for a in schema.arguments if a.name != "backend"]
-    return backends.refusals(backend, spec.name, direction, arguments)
+    return [call.arguments.get(a.name) for a in schema.arguments if a.name != "backend"]
 
 
 def seeded_tower(dim: int = 1024) -> python_ref.STAB:
@@ -231,14 +236,14 @@ def _compare(label: tuple[str, str, str, str, str], call: Callable[[], _Outcome]
             shape = list(given[name].shape) if name in given else "nothing"
             yield Row(*label, name, float("inf"), 0.0, 0.0, f"expected shape {list(tensor.shape)}, got {shape}")
             continue
-        error, torch_error = (_error(t, tensor, scale) for t in (given[name], by_torch.tensors(direction)[name]))
+        error, torch_error = (error_beside(t, tensor, scale) for t in (given[name], by_torch.tensors(direction)[name]))
         # torch has wrong gradients of its own (bfloat16 depthwise weights on tiny grids): no yardstick for anyone.
         yardstick = torch_error if torch_error < 0.5 else torch.finfo(dtype).eps
         limit = tolerance.limit(yardstick, dtype, backward=direction == BACKWARD)
         yield Row(*label, name, error, torch_error, limit)
 
 
-def _error(given: Tensor, exact: Tensor, scale: float) -> float:
+def error_beside(given: Tensor, exact: Tensor, scale: float) -> float:
     """Relative error; for a gradient that is zero but for float64's rounding, the error relative to the largest one."""
     if float(exact.norm()) > 1e-12 * scale:
         return relative_error(given, exact)

@@ -13,6 +13,9 @@ if not torch.cuda.is_available():
     # Kernels then run in Triton's interpreter, on CPU tensors. Triton reads it when it is first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# No settings that someone measured on this machine: the heuristics are what is tested.
+os.environ["PANDA_KERNELS_CACHE"] = str(Path(__file__).parent / "no_cache")
+
 LEFT_OUT = pytest.StashKey[int]()
 TESTS = Path(__file__).resolve().parent
 for path in (TESTS, TESTS.parent):

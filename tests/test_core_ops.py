@@ -428,12 +428,16 @@ def test_gradients_close_to_float64_and_inside_their_arguments(op: Op, case: dic
 EVERYTHING = """
 import core_module
 from test_core_ops import CORE, GRADIENTS, OPS, POISON, TIERS, Memory
-for tier in TIERS:
+def everything(tier):
     with core_module.tier(CORE, tier):
         for op in (*OPS.values(), *GRADIENTS.values()):
             for dtype in POISON:
                 for case in op.cases:
                     op.call(Memory(dtype), **case)
+for tier in TIERS:
+    everything(tier)
+CORE.set_tuning(band_tokens=7, product_rows=3, block_windows=2, stencil_rows=3, staged_channels=64)
+everything(TIERS[-1])
 """
 # Whole vectors only: masked stores, which GCC does not instrument, are for the guards above.
 ONE_ELEMENT_SHORT = """

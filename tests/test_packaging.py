@@ -28,6 +28,7 @@ else:
     pathlib.Path(sys.argv[sys.argv.index("-o") + 1]).write_text("compiled")
 """
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
+SHIPPED = [file.stem for file in (ROOT / "panda_kernels" / "tuning" / "devices").glob("*.json")]
 # Fails the import of what only extras bring, and of what would be slow to import for everyone.
 IMPORT = """
 import sys, torch
@@ -36,7 +37,11 @@ class Finder:
     def find_spec(self, name, path=None, target=None):
         wanted.add(name.partition(".")[0])
 sys.meta_path.insert(0, Finder())
+read = []
+sys.addaudithook(lambda event, args: read.append(str(args[0])) if event == "open" else None)
 import panda_kernels, panda_kernels.nn
+print([file for file in read if "panda_kernels" in file and not file.endswith((".py", ".pyc"))
+       and "__pycache__" not in file])
 print(sorted(wanted & set("av PIL safetensors tqdm triton matplotlib transformers timm python_ref".split())))
 print(torch.cuda.is_initialized(), hasattr(torch.ops.panda_kernels_cpu, "isa"))
 """
@@ -73,12 +78,15 @@ def build_info(wheel: zipfile.ZipFile) -> dict[str, str]:
 
 
 def test_wheel_holds_the_package_and_the_extension(checkout: Path) -> None:
+    (checkout / "panda_kernels" / "tuning" / "devices" / "a-device.json").write_text("{}")
     with build(checkout) as wheel:
         held = {name for name in wheel.namelist() if ".dist-info/" not in name}
         assert build_info(wheel)["compiler"] == "stand-in 1.0"
+        assert re.fullmatch("[0-9a-f]{16}", build_info(wheel)["sources"])
     modules = {str(file.relative_to(ROOT)) for room in ("panda_kernels", "python_ref")
                for file in (ROOT / room).rglob("*.py")}
-    assert held == modules | {"panda_kernels/_cpu.so", "panda_kernels/_build.json"}
+    settings = {f"panda_kernels/tuning/devices/{name}.json" for name in ("a-device", *SHIPPED)}
+    assert held == modules | settings | {"panda_kernels/_cpu.so", "panda_kernels/_build.json"}
     assert re.fullmatch(r".*-py3-none-(?!any)\w+\.whl", wheel.filename or "")
 
 
@@ -137,4 +145,4 @@ def test_metadata(checkout: Path) -> None:
 
 def test_import_takes_no_extra_and_starts_nothing() -> None:
     done = subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["[]", "False False"]
+    assert done.stdout.splitlines() == ["[]", "[]", "False False"]

@@ -15,6 +15,7 @@ struct Depthwise {
   void* y;
   int64_t b, t, h, w, c;
   int kt, kh, kw;
+  int64_t rows = 0, staged = 0;  // from the tuning
 };
 
 // 3x3x3 over `rows` output rows of up to four frames: what the op and the streamed tower share.
@@ -30,6 +31,7 @@ struct DepthwiseRows {
   int64_t w, c;
   const float* taps;  // [27][c]
   const float* bias;  // [c] or null
+  int64_t staged;     // channels at once
 };
 constexpr int64_t kDepthwiseChunk = 64;  // channels a work item takes
 
@@ -37,10 +39,7 @@ template <class Op>
 inline bool is_333(const Op& a) {
   return a.kt == 3 && a.kh == 3 && a.kw == 3;
 }
-// Rows a work item takes: few enough that the pages of all its tokens stay in the translation buffers.
-constexpr int64_t kDepthwiseRows = 8;
-
-inline int64_t depthwise_bands(const Depthwise& a) { return (a.h + kDepthwiseRows - 1) / kDepthwiseRows; }
+inline int64_t depthwise_bands(const Depthwise& a) { return (a.h + a.rows - 1) / a.rows; }
 inline int64_t depthwise_groups(const Depthwise& a) { return (a.t + kMaxFrames - 1) / kMaxFrames; }
 inline int64_t depthwise_chunks(int64_t c) { return (c + kDepthwiseChunk - 1) / kDepthwiseChunk; }
 // What a call is cut into; any split of the items among threads gives the same bits.
@@ -57,6 +56,7 @@ struct DepthwiseGradient {
   float* bias;       // [c]
   int64_t b, t, h, w, c;
   int kt, kh, kw;
+  int64_t staged = 0;
 };
 
 }  // namespace panda

@@ -8,24 +8,28 @@
 #include "parallel.h"
 #include "pool_items.h"
 #include "product.h"
+#include "tuning.h"
 #include "weight_gradient.h"
 
 namespace panda {
 
 namespace {
 
-constexpr int64_t kBlockRows = 512;  // rows whose intermediates stay in the caches
-
-int64_t rows_for(int64_t tokens, int64_t least) { return std::max((kBlockRows + tokens - 1) / tokens, least); }
+int64_t rows_for(int64_t tokens, int64_t least) {
+  return std::max((tuning().band_tokens + tokens - 1) / tokens, least);
+}
 
 }  // namespace
 
-void depthwise_conv3d(const Depthwise& a) {
+void depthwise_conv3d(Depthwise a) {
+  a.rows = tuning().stencil_rows;
+  a.staged = tuning().staged_channels;
   parallel_for(depthwise_items(a), [&](int64_t first, int64_t last) { kernels().depthwise(a, first, last); });
 }
 
 // Threads share the channels, whose sums are whole: nothing is left to add up between them.
-void depthwise_gradient(const DepthwiseGradient& a) {
+void depthwise_gradient(DepthwiseGradient a) {
+  a.staged = tuning().staged_channels;
   parallel_for(depthwise_chunks(a.c), [&](int64_t first, int64_t last) {
     kernels().depthwise_gradient(a, first * kDepthwiseChunk, std::min(a.c, last * kDepthwiseChunk));
   });
@@ -125,9 +129,10 @@ void window_attention_pool(Dtype dtype, const void* x, const int64_t* corners, i
   const int64_t token = weights.c * size_of(dtype), size = window * window;
   const std::vector<int64_t> held = window_tokens_of(corners, frames, h, w, window);
   const int64_t count = int64_t(held.size()) / size;
-  WindowPool pool(dtype, weights, kBlockRows);
-  for (int64_t first = 0; first < count; first += kBlockRows) {
-    const int64_t end = std::min(count, first + kBlockRows);
+  const int64_t block = std::min(count, tuning().band_tokens);
+  WindowPool pool(dtype, weights, block);
+  for (int64_t first = 0; first < count; first += block) {
+    const int64_t end = std::min(count, first + block);
     std::vector<const void*> tokens;
     std::vector<void*> out;
     for (int64_t i = first * size; i < end * size; ++i) tokens.push_back(static_cast<const char*>(x) + held[i] * token);
@@ -189,7 +194,7 @@ void linear(const Linear& a) {
 
 void token_mlp(const TokenMlp& a) {
   const int64_t size = size_of(a.dtype), stride = padded_k(a.dtype, a.hidden);
-  const int64_t block = std::min<int64_t>(a.rows, a.dtype == Dtype::float32 ? kBlockRows : 2 * kBlockRows);
+  const int64_t block = std::min(a.rows, tuning().band_tokens * (a.dtype == Dtype::float32 ? 1 : 2));
   ProductRows input(a.dtype, block, a.c);
   Scratch<char> hidden(block * stride * size);
   if (stride != a.hidden) std::memset(hidden.data(), 0, block * stride * size);

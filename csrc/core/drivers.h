@@ -12,8 +12,8 @@
 
 namespace panda {
 
-void depthwise_conv3d(const Depthwise&);
-void depthwise_gradient(const DepthwiseGradient&);
+void depthwise_conv3d(Depthwise);
+void depthwise_gradient(DepthwiseGradient);
 
 // pixels -> out [frames][grid.h][grid.w][c]; `packed` is [c, 3 * patch^2].
 void patch_embed(Dtype, const Pixels&, int64_t frames, int64_t h, int64_t w, const void* packed, int64_t c, void* out);

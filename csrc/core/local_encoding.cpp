@@ -6,6 +6,7 @@
 #include "kernels.h"
 #include "parallel.h"
 #include "product.h"
+#include "tuning.h"
 
 namespace panda {
 
@@ -52,8 +53,16 @@ void LocalEncoder::convolve(int64_t i0, int64_t i1, void* const* out) {
         input.push_back(i >= 0 && i < grid_.h && t >= 0 && t < grid_.frames ? x1_.row(t, i) : nullptr);
     for (int64_t i = i0; i < i1; ++i)
       for (int64_t t = t0; t < t0 + frames; ++t) output.push_back(out[(i - i0) * grid_.frames + t]);
-    const DepthwiseRows a{dtype_, input.data(),           output.data(),         rows, frames, grid_.w,
-                          c,      weights_.position_taps, weights_.position_bias};
+    const DepthwiseRows a{dtype_,
+                          input.data(),
+                          output.data(),
+                          rows,
+                          frames,
+                          grid_.w,
+                          c,
+                          weights_.position_taps,
+                          weights_.position_bias,
+                          tuning().staged_channels};
     parallel_for((c + kDepthwiseChunk - 1) / kDepthwiseChunk, [&](int64_t first, int64_t last) {
       kernels().depthwise_rows(a, first * kDepthwiseChunk, std::min(c, last * kDepthwiseChunk));
     });

@@ -4,15 +4,14 @@
 #include <cstring>
 
 #include "parallel.h"
+#include "tuning.h"
 
 namespace panda {
 
 // Threads share the columns first: each reads its part of the weights once, and all of them the same rows, which are
 // cut evenly, as the threads' shares are counted in blocks.
-constexpr int64_t kRowBlock = 512;
-
 void product(Dtype dtype, const Gemm& g, int64_t rows) {
-  const int64_t across = panels(g.n), down = (rows + kRowBlock - 1) / kRowBlock;
+  const int64_t most = tuning().product_rows, across = panels(g.n), down = (rows + most - 1) / most;
   parallel_for(across * down, [&](int64_t first, int64_t last) {
     while (first < last) {
       const int64_t block = first / across, panel = first % across;

@@ -8,16 +8,14 @@
 #include "kernels.h"
 #include "parallel.h"
 #include "product.h"
+#include "tuning.h"
 
 namespace panda {
 
 namespace {
 
-// Tokens of a band: enough rows for the products to reuse a panel of weights, few enough to stay in the caches.
-constexpr int64_t kBandTokens = 512;
-
 int64_t band_rows(const Grid& grid, int64_t window) {
-  const int64_t rows = (kBandTokens + grid.frames * grid.w - 1) / (grid.frames * grid.w);
+  const int64_t tokens = grid.frames * grid.w, rows = (tuning().band_tokens + tokens - 1) / tokens;
   return std::max<int64_t>({rows, window, 2});  // a band lends the next one its last `window` rows
 }
 

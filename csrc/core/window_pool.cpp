@@ -6,11 +6,9 @@
 #include "kernels.h"
 #include "parallel.h"
 #include "product.h"
+#include "tuning.h"
 
 namespace panda {
-
-// Windows whose folded queries, a head's [windows, c], stay in the second-level cache.
-constexpr int64_t kBlock = 64;
 
 std::vector<int64_t> window_tokens_of(const int64_t* corners, int64_t frames, int64_t h, int64_t w, int64_t window) {
   std::vector<int64_t> tokens;
@@ -28,6 +26,7 @@ WindowPool::WindowPool(Dtype dtype, const WindowPoolWeights& weights, int64_t ca
     : dtype_(dtype),
       weights_(weights),
       stride_(padded_k(dtype, weights.c)),
+      block_(tuning().block_windows),
       xhat_(capacity * weights.size * stride_ * size_of(dtype)),
       mean_(capacity * weights.c * int64_t(sizeof(float))),
       normalised_(capacity * stride_ * size_of(dtype)),
@@ -39,8 +38,8 @@ WindowPool::WindowPool(Dtype dtype, const WindowPoolWeights& weights, int64_t ca
 
 void WindowPool::head(int64_t head, int64_t first, int64_t last) {
   const int64_t c = weights_.c, width = c / weights_.heads, size = size_of(dtype_);
-  Scratch<float> folded(kBlock * c);
-  Scratch<char> z(kBlock * stride_ * size);
+  Scratch<float> folded((last - first) * c);
+  Scratch<char> z((last - first) * stride_ * size);
   const char* keys = static_cast<const char*>(weights_.keys) + head * packed_bytes(dtype_, c, width);
   const ProductRows query(dtype_, last - first, width);
   Gemm fold{query.get(query_.data() + (first * stride_ + head * width) * size, stride_, last - first),
@@ -79,11 +78,11 @@ void WindowPool::run(const void* const* tokens, const void* const* added, int64_
   query.bias = weights_.query_bias;
   product(dtype_, query, count);
 
-  const int64_t blocks = (count + kBlock - 1) / kBlock;
+  const int64_t blocks = (count + block_ - 1) / block_;
   parallel_for(weights_.heads * blocks, [&](int64_t first, int64_t last) {
     for (int64_t item = first; item < last; ++item) {
-      const int64_t window = item / weights_.heads * kBlock;  // all heads of a block in turn: its tokens stay cached
-      head(item % weights_.heads, window, std::min(count, window + kBlock));
+      const int64_t window = item / weights_.heads * block_;  // all heads of a block in turn: its tokens stay cached
+      head(item % weights_.heads, window, std::min(count, window + block_));
     }
   });
 

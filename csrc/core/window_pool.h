@@ -38,6 +38,7 @@ class WindowPool {
   Dtype dtype_;
   WindowPoolWeights weights_;
   int64_t stride_;  // of rows that feed a product over all channels
+  int64_t block_;   // windows that a thread takes through a head
   Scratch<char> xhat_, mean_, normalised_, query_, pooled_, result_;
 };
 

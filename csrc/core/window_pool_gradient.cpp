@@ -7,6 +7,7 @@
 #include "kernels.h"
 #include "parallel.h"
 #include "product.h"
+#include "tuning.h"
 #include "weight_gradient.h"
 
 namespace panda {
@@ -14,7 +15,6 @@ namespace panda {
 namespace {
 
 constexpr int64_t kChunk = 256;  // windows whose intermediates exist at a time
-constexpr int64_t kBlock = 64;   // windows that a thread takes through all heads
 
 class ChunkGradient {
  public:
@@ -51,10 +51,12 @@ class ChunkGradient {
     parallel_for(count, [&](int64_t first, int64_t last) { kernels().window_tokens(windows, first, last); });
     multiply(normalised_.data(), w_.query, w_.query_bias, query_.data(), count);
     multiply(grad_rows_.get(grad, c_, count), back_.out, nullptr, grad_heads_.data(), count);
-    parallel_for((count + kBlock - 1) / kBlock, [&](int64_t first, int64_t last) {
-      for (int64_t block = first; block < last; ++block)
+    const int64_t windows_a_block = tuning().block_windows;
+    parallel_for((count + windows_a_block - 1) / windows_a_block, [&](int64_t first, int64_t last) {
+      for (int64_t block = first * windows_a_block; block < std::min(count, last * windows_a_block);
+           block += windows_a_block)
         for (int64_t head = 0; head < w_.heads; ++head)
-          through_head(head, block * kBlock, std::min(count, (block + 1) * kBlock));
+          through_head(head, block, std::min(count, block + windows_a_block));
     });
     Gemm g{grad_query_.data(), stride_, back_.query, c_, c_, grad_normalised_.data(), c_};
     g.c_is_float = true;
@@ -99,7 +101,7 @@ class ChunkGradient {
 
   void through_head(int64_t head, int64_t first, int64_t last) const {
     const int64_t count = last - first;
-    Scratch<float> folded(kBlock * c_), grad_pooled(kBlock * c_);
+    Scratch<float> folded(count * c_), grad_pooled(count * c_);
     spread(query_, first, count, head, w_.keys, folded.data());
     spread(grad_heads_, first, count, head, back_.values, grad_pooled.data());
     char* pooled = pooled_.data() + head * row_bytes() + first * stride_ * size_;

@@ -29,6 +29,10 @@ class Launch:
     config: Config
     args: dict[str, Any]
 
+    @property
+    def name(self) -> str:
+        return f"{self.kernel.fn.__module__.rpartition('.')[2]}.{self.kernel.__name__}"
+
     def options(self, warp_size: int) -> dict[str, int]:
         return {"num_warps": self.config.threads // warp_size, "num_stages": self.config.num_stages}
 

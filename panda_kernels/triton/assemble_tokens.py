@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tuning import Space, choose
 from ._launch import Config, launch
 
 # What a token is a copy of: a row of y if not negative, the split token, or (-i + FRAME) that of frame i.
@@ -33,6 +34,11 @@ class Tile(Config):
 def tile(y: Tensor) -> Tile:
     """Four loads of 16 bytes on their way in each thread, and some programs a multiprocessor even for a clip."""
     return Tile(rows=32, block_c=256 // y.element_size())
+
+
+TILES: dict[str, tuple[int, ...]] = {"rows": (16, 32, 64), "block_c": (64, 128, 256), "threads": (128, 256)}
+GATHER = Space("triton.assemble_tokens.gather", **TILES)
+SCATTER = Space("triton.assemble_tokens.scatter", **TILES)
 
 
 @triton.jit
@@ -108,7 +114,7 @@ def scatter(grad, corners, grad_y, grad_f, partial, frames, num_tokens, C: tl.co
 
 def assemble(y: Tensor, f: Tensor, split: Tensor, corners: Tensor, num_tokens: int, window: int) -> Tensor:
     """``[num_tokens, C]`` from contiguous tensors."""
-    C, config = y.shape[1], tile(y)
+    C, config = y.shape[1], choose(GATHER, tile(y), y, C=y.shape[1], window=window)
     tokens = torch.empty(num_tokens, C, dtype=y.dtype, device=y.device)
     grid = triton.cdiv(num_tokens, config.rows) * triton.cdiv(C, config.block_c)
     launch(gather, grid, config, y=y, f=f, split=split, corners=corners, tokens=tokens, frames=f.shape[0],
@@ -120,7 +126,7 @@ def gradients(grad: Tensor, num_windows: int, corners: Tensor, window: int,
               needs: list[bool]) -> list[Tensor | None]:
     """Gradients of y, of f and (float32) of the split token, where needed, from contiguous tensors."""
     num_tokens, C = grad.shape
-    config = tile(grad)
+    config = choose(SCATTER, tile(grad), grad, C=C, window=window)
     row_tiles = triton.cdiv(num_tokens, config.rows)
     shapes = (num_windows, grad.dtype), (corners.shape[0], grad.dtype), (row_tiles, torch.float32)
     grad_y, grad_f, partial = (torch.empty(rows, C, dtype=dtype, device=grad.device) if needed else None

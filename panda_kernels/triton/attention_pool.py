@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tuning import Space, choose
 from ._launch import Config, launch
 from ._precision import input_precision
 
@@ -37,6 +38,11 @@ class Tile(Config):
 class Join(Config):
     block_s: int
     block_c: int
+
+
+POOL_PIECES = Space("triton.attention_pool.pool_pieces", block_l=(32, 64), block_c=(64, 128, 256), threads=(128, 256),
+                    num_stages=(2, 3, 4))
+COMBINE = Space("triton.attention_pool.combine", block_s=(32, 64, 128), block_c=(32, 64, 128), threads=(128, 256))
 
 
 @triton.jit
@@ -229,7 +235,7 @@ def combined(values: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, si
               dtype: torch.dtype) -> Tensor:
     """``[slots, n, C]`` -> ``[S, n, C]``."""
     _, n, C = values.shape
-    config = Join(block_s=128, block_c=32)
+    config = choose(COMBINE, Join(block_s=128, block_c=32), values, n=n, C=C)
     out = torch.empty(sizes["S"], n, C, dtype=dtype, device=values.device)
     launch(combine, sizes["S"] * n * triton.cdiv(C, config.block_c), config, values=values, state=state,
            cu_seqlens=cu_seqlens, out=out, N=sizes["N"], n=n, C=C, LENGTH=length)
@@ -238,8 +244,9 @@ def combined(values: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, si
 
 def pool(x: Tensor, queries: Tensor, cu_seqlens: Tensor | None, eps: float) -> Tensor:
     """``[S, n, C]`` from contiguous ``x``, ``[S, N, C]`` or packed ``[total, C]``, and ``queries``."""
-    config, sizes = Tile(block_l=32, block_c=128, threads=256, num_stages=4), sizes_of(x, cu_seqlens)
-    slots, (n, C) = num_slots(x, cu_seqlens, config.block_l), queries.shape[-2:]
+    sizes, (n, C) = sizes_of(x, cu_seqlens), queries.shape[-2:]
+    config = choose(POOL_PIECES, Tile(block_l=32, block_c=128, threads=256, num_stages=4), x, n=n, C=C)
+    slots = num_slots(x, cu_seqlens, config.block_l)
     values = torch.empty(slots, n, C, dtype=torch.float32, device=x.device)
     state = torch.empty(slots, 2, n, dtype=torch.float32, device=x.device)
     launch(pool_pieces, slots, config, x=x, queries=queries, cu_seqlens=cu_seqlens, values=values, state=state, eps=eps,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tuning import Space, choose
 from ._launch import launch
 from .attention_pool import (
     Tile,
@@ -30,6 +31,10 @@ from .attention_pool import (
 )
 
 LENGTH = 256  # tokens of a program that writes gradients
+TILES: dict[str, tuple[int, ...]] = {"block_l": (32, 64), "block_c": (32, 64, 128), "threads": (128, 256),
+                                     "num_stages": (2, 3)}
+SCORE_PIECES = Space("triton.attention_pool_grad.score_pieces", **TILES)
+GRADIENTS = Space("triton.attention_pool_grad.gradients", **TILES)
 
 
 @triton.jit(do_not_specialize=["S", "N", "eps"])
@@ -160,8 +165,10 @@ def gradient_tiles(dtype: torch.dtype) -> tuple[Tile, Tile]:
 def pool_gradients(grad: Tensor, x: Tensor, queries: Tensor, cu_seqlens: Tensor | None, eps: float,
                    needs: list[bool]) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of ``x`` and ``queries``, as far as needed, from contiguous tensors; ``grad`` is ``[S, n, C]``."""
-    sizes, constants, (score, config) = sizes_of(x, cu_seqlens), constants_of(x, queries), gradient_tiles(x.dtype)
+    sizes, constants = sizes_of(x, cu_seqlens), constants_of(x, queries)
     n, C, H = constants["n"], constants["C"], constants["H"]
+    score, config = (choose(space, tile, x, n=n, C=C)
+                     for space, tile in zip((SCORE_PIECES, GRADIENTS), gradient_tiles(x.dtype), strict=True))
     slots, pieces = (num_slots(x, cu_seqlens, length) for length in (score.block_l, LENGTH))
 
     def workspace(*shape: int) -> Tensor:

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tuning import Space, choose
 from ._launch import Config, launch
 
 MAX_TAPS = 80  # in a thread's registers, next to its sums and the loads on their way
@@ -38,6 +39,15 @@ def tile(x: Tensor, kernel: tuple[int, ...]) -> Tile:
     while kernel[1] * kernel[2] * block_w * block_c // threads > MAX_TAPS and threads < 512:
         threads *= 2
     return Tile(rows=4, block_w=block_w, block_c=block_c, threads=threads)
+
+
+STENCIL = Space("triton.depthwise_conv3d.stencil", rows=(2, 4, 8), block_w=(8, 16, 32), threads=(128, 256, 512))
+WEIGHT_GRADIENT = Space("triton.depthwise_conv3d.weight_gradient", rows=(2, 4, 8), block_w=(8, 16, 32),
+                        threads=(128, 256, 512))
+
+
+def tuned(space: Space, x: Tensor, kernel: tuple[int, ...]) -> Tile:
+    return choose(space, tile(x, kernel), x, C=x.shape[-1], kernel="x".join(map(str, kernel)))
 
 
 @triton.jit
@@ -142,7 +152,7 @@ def convolve(x: Tensor, taps: Tensor, bias: Tensor | None, kernel: tuple[int, ..
              residual: bool) -> Tensor:
     """The stencil of contiguous ``x[B, T, h, w, C]`` with ``taps[kt * kh * kw, C]``."""
     B, T, H, W, C = x.shape
-    config = tile(x, kernel)
+    config = tuned(STENCIL, x, kernel)
     y = torch.empty_like(x)
     grid = B * T * triton.cdiv(H, config.rows) * triton.cdiv(W, config.block_w) * triton.cdiv(C, config.block_c)
     launch(stencil, grid, config, x=x, taps=taps, bias=bias, y=y, T=T, H=H, W=W, C=C, KT=kernel[0], KH=kernel[1],
@@ -153,7 +163,7 @@ def convolve(x: Tensor, taps: Tensor, bias: Tensor | None, kernel: tuple[int, ..
 def parameter_gradients(grad: Tensor, x: Tensor, kernel: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Float32 gradients of the taps, ``[kt * kh * kw, C]``, and of the bias, ``[C]``, from contiguous tensors."""
     B, T, H, W, C = x.shape
-    config = tile(x, kernel)
+    config = tuned(WEIGHT_GRADIENT, x, kernel)
     num_tiles = B * T * triton.cdiv(H, config.rows) * triton.cdiv(W, config.block_w)
     share = triton.cdiv(num_tiles, SEGMENTS)
     segments = triton.cdiv(num_tiles, share)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tuning import Space, choose
 from ._launch import Config, launch
 from ._precision import input_precision
 from .matmul import accumulate
@@ -43,6 +44,13 @@ def tile(dtype: torch.dtype, T: int) -> Tile:
     return Tile(frames=min(T, 4), halo=int(T > 4), positions=64, block_n=32 if precise else 64,
                 block_k=16 if precise else 32, threads=128 if precise else 256,
                 num_stages=3 if precise else 4)
+
+
+TILES: dict[str, tuple[int, ...]] = {"positions": (32, 64, 128), "block_n": (32, 64, 128), "block_k": (16, 32, 64),
+                                     "threads": (128, 256)}
+DOWN = Space("triton.local_encoding.down", **TILES)
+DOWN_GRADIENT = Space("triton.local_encoding.down_gradient", **TILES)
+FOLD = Space("triton.local_encoding.fold", rows=(1, 2, 4, 8), threads=(128, 256))
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -180,7 +188,7 @@ def folded(w1: Tensor, b1: Tensor, norm_scale: Tensor, norm_shift: Tensor, wt: T
     R, C = w1.shape
     width = _padded(R, w1.dtype)
     weight, rows = torch.empty_like(w1), torch.empty(5, width, dtype=torch.float32, device=w1.device)
-    config = Fold(rows=4, block_c=1024)
+    config = choose(FOLD, Fold(rows=4, block_c=1024), w1, C=C, R=R)
     launch(fold, triton.cdiv(width, config.rows), config, w1=w1, norm_scale=norm_scale, norm_shift=norm_shift, b1=b1,
            wt=wt, bt=bt, weight=weight, rows=rows, R=R, C=C, WIDTH=width)
     return weight, rows
@@ -196,7 +204,8 @@ def _sizes(x: Tensor, R: int, config: Tile) -> tuple[dict[str, int | str], int]:
 
 def bottleneck(x: Tensor, weight: Tensor, rows: Tensor, *, keep_inner: bool) -> tuple[Tensor | None, Tensor]:
     """The bottleneck before (if kept) and after the temporal convolution, ``[tokens, R padded with zeros]``."""
-    R, config = weight.shape[0], tile(x.dtype, x.shape[1])
+    R, C = weight.shape
+    config = choose(DOWN, tile(x.dtype, x.shape[1]), x, C=C, R=R)
     sizes, tiles = _sizes(x, R, config)
     over_time = torch.empty(x.shape[:-1].numel(), _padded(R, x.dtype), dtype=x.dtype, device=x.device)
     inner = torch.empty_like(over_time) if keep_inner else None
@@ -207,7 +216,8 @@ def bottleneck(x: Tensor, weight: Tensor, rows: Tensor, *, keep_inner: bool) -> 
 
 def bottleneck_gradient(grad: Tensor, w2: Tensor, rows: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """From ``grad`` of x1 and ``w2[R, C]`` the gradients of ``inner``, and in float32 of the taps and their bias."""
-    R, config = w2.shape[0], tile(grad.dtype, grad.shape[1])
+    R, C = w2.shape
+    config = choose(DOWN_GRADIENT, tile(grad.dtype, grad.shape[1]), grad, C=C, R=R)
     sizes, tiles = _sizes(grad, R, config)
     grad_inner = torch.empty_like(inner)
     partial = torch.empty(tiles, 4, inner.shape[1], dtype=torch.float32, device=grad.device)

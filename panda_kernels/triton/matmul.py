@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tuning import Space, choose
 from ._launch import Config, launch
 from ._precision import input_precision
 
@@ -30,6 +31,11 @@ def tile(dtype: torch.dtype) -> Tile:
     if dtype == torch.float32:  # without tensor cores: registers hold less, and 16 bytes are four numbers
         return Tile(block_m=128, block_n=64, block_k=16, threads=256, num_stages=3)
     return Tile(block_m=128, block_n=128, block_k=64, threads=256, num_stages=3)
+
+
+TILES: dict[str, tuple[int, ...]] = {"block_m": (64, 128), "block_n": (64, 128), "block_k": (16, 32, 64),
+                                     "threads": (128, 256), "num_stages": (3, 4)}
+PRODUCT = Space("triton.matmul.product", **TILES)
 
 
 @triton.jit
@@ -100,7 +106,7 @@ def multiply(a: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual:
     they must be zero.
     """
     K, N = weight.shape if transposed else weight.shape[::-1]
-    M, config = a.shape[0], tile(a.dtype)
+    M, config = a.shape[0], choose(PRODUCT, tile(a.dtype), a, N=N, K=K, transposed=transposed)
     y = torch.empty(M, N, dtype=a.dtype, device=a.device)
     launch(product, triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n), config, a=a, b=weight, bias=bias,
            residual=residual, y=y, M=M, N=N, K=K, A_WIDTH=a.shape[1], B_K=N if transposed else 1,

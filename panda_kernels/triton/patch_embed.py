@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tuning import Space, choose
 from ._launch import Config, launch
 
 
@@ -39,6 +40,10 @@ class PatchTile(Config):
 
     block_w: int
     block_k: int
+
+
+EXTRACT = Space("triton.patch_embed.extract", block_x=(32, 64, 128, 256), threads=(64, 128, 256))
+PUT_BACK = Space("triton.patch_embed.put_back", block_w=(16, 32, 64), block_k=(64, 128, 256), threads=(128, 256))
 
 
 @triton.jit(do_not_specialize=["T", "h", "w", "width", "clip_stride", "frame_stride", "plane_stride", "row_stride"])
@@ -105,7 +110,8 @@ def extract_patches(pixels: Tensor, patch: int, dtype: torch.dtype, present: Ten
     h, w, length = H // patch, W // patch, row_length(patch, dtype)
     patches = torch.empty(B * T * h * w, length, dtype=dtype, device=pixels.device)
     rows = triton.next_power_of_2(triton.cdiv(length - 2 * patch**2, patch))
-    config = ImageTile(rows=rows, block_x=128 // pixels.element_size())
+    config = choose(EXTRACT, ImageTile(rows=rows, block_x=128 // pixels.element_size()), pixels, patch=patch,
+                    to=str(dtype))
     align = gcd(16 // pixels.element_size(), W, *pixels.stride()[:4])
     strides = {f"{name}_stride": stride // align
                for name, stride in zip(("clip", "frame", "plane", "row"), pixels.stride()[:4], strict=True)}
@@ -122,7 +128,7 @@ def put_patches_back(patches: Tensor, pixels: Tensor, patch: int, present: Tenso
     image = torch.empty(pixels.shape, dtype=pixels.dtype, device=pixels.device)
     for unread in (image[:, :, 3:], image[:, :, :3, h * patch:], image[:, :, :3, :h * patch, w * patch:]):
         unread.zero_()
-    config = PatchTile(block_w=32, block_k=256 // patches.element_size())
+    config = choose(PUT_BACK, PatchTile(block_w=32, block_k=256 // patches.element_size()), patches, patch=patch)
     align = gcd(16 // image.element_size(), W)
     grid = B * T * h * triton.cdiv(w, config.block_w) * triton.cdiv(3 * patch**2, config.block_k)
     launch(put_back, grid, config, patches=patches, present=present, pixels=image, h=h, w=w, planes=planes, height=H,

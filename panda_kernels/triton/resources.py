@@ -140,9 +140,15 @@ def compile_for(launch: Launch, name: str) -> Row:
     found = re.search(rf"^({target.tensor_core})", code, re.M)
     wanted = re.search(r"tt\.dot\w*\b.*(inputPrecision = tf32|x(bf|f)16>)", compiled.asm["ttir"])
     product = found[1] if found else "missing" if wanted else "fma" if "tt.dot" in compiled.asm["ttir"] else "none"
-    kernel = f"{launch.kernel.fn.__module__.rpartition('.')[2]}.{launch.kernel.__name__}"
-    return Row(kernel, *_describe(launch), name, registers, spills, compiled.metadata.shared, len(loads), len(wide),
-               product)
+    return Row(launch.name, *_describe(launch), name, registers, spills, compiled.metadata.shared, len(loads),
+               len(wide), product)
+
+
+def target_of(device: str) -> str | None:
+    """The target that a device is, if it is one of them."""
+    properties = torch.cuda.get_device_properties(device)
+    name = properties.gcnArchName.partition(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    return name if name in TARGETS else None
 
 
 def _nvidia(compiled: Any) -> tuple[int, int, str]:

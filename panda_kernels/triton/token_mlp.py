@@ -13,9 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tuning import Space, choose
 from ._launch import launch
 from ._precision import input_precision
-from .matmul import accumulate, bias_row, normal_cdf, place, tile
+from .matmul import TILES, Tile, accumulate, bias_row, normal_cdf, place, tile
+
+HIDDEN_GRADIENT = Space("triton.token_mlp.hidden_gradient", **TILES)
+
+
+def gradient_tile(dtype: torch.dtype) -> Tile:
+    """Two sums a thread, and still two programs a multiprocessor."""
+    return replace(tile(dtype), block_n=64)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -37,11 +45,11 @@ def hidden_gradient(x, w1, b1, grad, w2, activated, grad_hidden, M, C: tl.conste
 
 def hidden_and_gradient(x: Tensor, w1: Tensor, b1: Tensor, grad: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
     """GELU's result and the gradient of its argument, both ``[M, hidden]``, from contiguous rows and weights."""
-    (M, C), hidden = x.shape, w1.shape[0]
-    config = replace(tile(x.dtype), block_n=64)  # two sums a thread, and still two programs a multiprocessor
+    (M, C), (hidden, out) = x.shape, w2.shape[::-1]
+    config = choose(HIDDEN_GRADIENT, gradient_tile(x.dtype), x, C=C, hidden=hidden, out=out)
     activated = torch.empty(M, hidden, dtype=x.dtype, device=x.device)
     grad_hidden = torch.empty_like(activated)
     launch(hidden_gradient, triton.cdiv(M, config.block_m) * triton.cdiv(hidden, config.block_n), config, x=x, w1=w1,
            b1=b1, grad=grad, w2=w2, activated=activated, grad_hidden=grad_hidden, M=M, C=C, HIDDEN=hidden,
-           OUT=w2.shape[0], PRECISION=input_precision(x.dtype))
+           OUT=out, PRECISION=input_precision(x.dtype))
     return activated, grad_hidden

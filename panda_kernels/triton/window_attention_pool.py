@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tuning import Space, choose
 from ._launch import Config, launch
 from ._precision import input_precision
 
@@ -54,6 +55,12 @@ def attend_tile(dtype: torch.dtype, D: int) -> Tile:
     if dtype == torch.float32:  # without tensor cores, operands of a product lie in registers too
         return Tile(block_w=32, block_c=32, block_d=head_block(D, dtype), threads=256)
     return Tile(block_w=64, block_c=32, block_d=head_block(D, dtype), threads=256)
+
+
+ROWS: dict[str, tuple[int, ...]] = {"rows": (1, 2, 4, 8), "threads": (128, 256)}
+TILES: dict[str, tuple[int, ...]] = {"block_w": (32, 64, 128), "block_c": (32, 64), "threads": (128, 256)}
+STATISTICS = Space("triton.window_attention_pool.statistics", **ROWS)
+ATTEND = Space("triton.window_attention_pool.attend", **TILES)
 
 
 def heads_together(dtype: torch.dtype, num_heads: int, D: int) -> int:
@@ -290,7 +297,7 @@ class Windows(NamedTuple):
 def locate(x: Tensor, corners: Tensor, num_windows: int, norm_weight: Tensor, norm_bias: Tensor, window: int,
            eps: float) -> Windows:
     frames, h, w, C = x.shape
-    config = row_tile(C)
+    config = choose(STATISTICS, row_tile(C), x, C=C, window=window)
     mean = torch.empty(num_windows, C, dtype=x.dtype, device=x.device)
     found = Windows(torch.empty(num_windows, dtype=torch.int64, device=x.device),
                     torch.empty(2, window**2, num_windows, dtype=torch.float32, device=x.device),
@@ -304,7 +311,8 @@ def head_outputs(x: Tensor, found: Windows, q: Tensor, norm_weight: Tensor, norm
                  num_heads: int, window: int, scale: float) -> Tensor:
     """The heads' outputs, ``[W, C]``, before ``wp``."""
     W, C = q.shape
-    config, heads = attend_tile(x.dtype, C // num_heads), heads_together(x.dtype, num_heads, C // num_heads)
+    config = choose(ATTEND, attend_tile(x.dtype, C // num_heads), x, C=C, heads=num_heads, window=window)
+    heads = heads_together(x.dtype, num_heads, C // num_heads)
     out = torch.empty_like(q)
     launch(attend, triton.cdiv(W, config.block_w) * (num_heads // heads), config, x=x, places=found.places,
            norms=found.norms, q=q, norm_weight=norm_weight, norm_bias=norm_bias, wkv=wkv, out=out, w=x.shape[2], W=W,

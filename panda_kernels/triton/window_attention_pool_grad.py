@@ -15,9 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tuning import Space, choose
 from ._launch import launch
 from ._precision import input_precision
 from .window_attention_pool import (
+    ROWS,
+    TILES,
     Tile,
     Windows,
     attend_tile,
@@ -40,6 +43,11 @@ from .window_attention_pool import (
 
 SEGMENTS = 4  # shares of the windows in the weights' gradients
 MEAN_SEGMENTS = 128  # and in those of the query's norm
+ATTEND_GRADIENT = Space("triton.window_attention_pool_grad.attend_gradient", **TILES)
+MEAN_GRADIENT = Space("triton.window_attention_pool_grad.mean_gradient", **ROWS)
+TOKEN_GRADIENT = Space("triton.window_attention_pool_grad.token_gradient", **TILES)
+WEIGHT_GRADIENT = Space("triton.window_attention_pool_grad.weight_gradient",
+                        **TILES | {"block_w": (16, 32, 64)})
 
 
 @triton.jit(do_not_specialize=["w", "W", "scale"])
@@ -266,7 +274,7 @@ def product_tile(dtype: torch.dtype, D: int) -> Tile:
 def attention_gradients(x: Tensor, found: Windows, q: Tensor, grad_heads: Tensor, norm_weight: Tensor,
                         norm_bias: Tensor, wkv: Tensor, num_heads: int, window: int, scale: float) -> Attention:
     W, C = q.shape
-    config = attend_tile(x.dtype, C // num_heads)
+    config = choose(ATTEND_GRADIENT, attend_tile(x.dtype, C // num_heads), x, C=C, heads=num_heads, window=window)
     made = Attention(torch.empty_like(q), torch.empty_like(q),
                      torch.empty(4, num_heads, window**2, W, dtype=torch.float32, device=x.device))
     launch(attend_gradient, triton.cdiv(W, config.block_w) * num_heads, config, x=x, places=found.places,
@@ -279,7 +287,7 @@ def attention_gradients(x: Tensor, found: Windows, q: Tensor, grad_heads: Tensor
 def mean_gradients(grad: Tensor, grad_input: Tensor, found: Windows, norm_weight: Tensor, seen: Attention,
                    eps: float) -> Means:
     (W, C), (_, H, S, _) = grad.shape, seen.saved.shape
-    config = row_tile(C)
+    config = choose(MEAN_GRADIENT, row_tile(C), grad, C=C, heads=H)
     num_tiles = triton.cdiv(W, config.rows)
     share = triton.cdiv(num_tiles, MEAN_SEGMENTS)
     segments = triton.cdiv(num_tiles, share)
@@ -296,7 +304,8 @@ def token_gradients(x: Tensor, found: Windows, q: Tensor, grad_heads: Tensor, no
                     seen: Attention, means: Means, num_heads: int, window: int) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens' gradient, and in float32 those of their norm's weight and bias."""
     W, C = q.shape
-    config = token_tile(x.dtype, C // num_heads, window**2)
+    config = choose(TOKEN_GRADIENT, token_tile(x.dtype, C // num_heads, window**2), x, C=C, heads=num_heads,
+                    window=window)
     grad_x = torch.empty_like(x)
     if W * window**2 * C < x.numel():  # tokens in no window
         grad_x.zero_()
@@ -314,7 +323,7 @@ def weight_gradients(x: Tensor, found: Windows, q: Tensor, grad_heads: Tensor, n
     """The gradient of ``wkv`` in float32."""
     W, C = q.shape
     D = C // num_heads
-    config = product_tile(x.dtype, D)
+    config = choose(WEIGHT_GRADIENT, product_tile(x.dtype, D), x, C=C, heads=num_heads, window=window)
     blocks = triton.cdiv(W, config.block_w)
     share = triton.cdiv(blocks, SEGMENTS) * config.block_w
     segments = triton.cdiv(W, share)

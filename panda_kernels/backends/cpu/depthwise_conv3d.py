@@ -4,8 +4,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...tuning import Space
 from . import refusals  # noqa: F401
 from ._arrays import array, floats, kernels, tap_rows
+from ._tuning import tune
+
+SPACE = Space("cpu.depthwise_conv3d", stencil_rows=(4, 8, 16, 32), staged_channels=(64, 128, 256, 512))
 
 
 def convolve(tokens: Tensor, taps: Tensor, bias: Tensor | None, kernel: tuple[int, ...]) -> Tensor:
@@ -24,13 +28,15 @@ def gradient(tokens: Tensor, grad: Tensor, kernel: tuple[int, ...]) -> tuple[Ten
 
 
 def fwd(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
-    taps = tap_rows(weight, residual=residual)
-    return convolve(array(x), taps, None if bias is None else floats(bias), weight.shape[2:]).to(x.dtype)
+    tokens, taps = array(x), tap_rows(weight, residual=residual)
+    _tune(tokens, weight, "fwd")
+    return convolve(tokens, taps, None if bias is None else floats(bias), weight.shape[2:]).to(x.dtype)
 
 
 def bwd(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, *,
         needs: list[bool]) -> list[Tensor | None]:
     kernel, grads = weight.shape[2:], array(grad)
+    _tune(grads, weight, "bwd")
     grad_x = grad_weight = grad_bias = None
     if needs[0]:
         mirrored = tap_rows(weight.flip(2, 3, 4), residual=residual)
@@ -39,3 +45,7 @@ def bwd(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: 
         taps, sums = gradient(array(x), grads, kernel)
         grad_weight, grad_bias = taps.T.reshape(weight.shape).to(weight.dtype), sums.to(weight.dtype)
     return [grad_x, grad_weight, grad_bias]
+
+
+def _tune(tokens: Tensor, weight: Tensor, direction: str) -> None:
+    tune(SPACE, tokens, C=len(weight), kernel="x".join(map(str, weight.shape[2:])), direction=direction)

@@ -10,9 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...tuning import Space
 from . import refusals  # noqa: F401
 from ._arrays import array, compute_dtype, floats, fold_norm, kernels, pack, product, tap_rows, weight_gradient
+from ._tuning import tune
 from .depthwise_conv3d import convolve, gradient
+
+SPACE = Space("cpu.local_encoding", band_tokens=(256, 512, 1024, 2048), product_rows=(256, 512, 1024),
+              staged_channels=(128, 256, 512))
 
 PANEL = 32  # channels that the products take at a time
 
@@ -30,6 +35,7 @@ def fwd(x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tenso
     y = torch.empty_like(tokens)
     weight, bias = fold_norm(norm_scale, norm_shift, w1)
     weights = [pack(weight, dtype), bias + b1.float(), *streamed_weights(dtype, wt, bt, w2, b2, wd, bd)]
+    tune(SPACE, tokens, C=w1.shape[1], R=w1.shape[0], direction="fwd")
     kernels.local_encoding(tokens, weights, w1.shape[0], y)
     return y.to(x.dtype)
 
@@ -95,6 +101,7 @@ def bwd(grad: Tensor, x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Ten
     """Clip by clip, so that the intermediates of one exist at a time."""
     weights = _return(compute_dtype(x.dtype), norm_scale, norm_shift, w1, b1, wt, bt, w2, b2, wd)
     tokens, grads = array(x), array(grad)
+    tune(SPACE, tokens, C=w1.shape[1], R=w1.shape[0], direction="bwd")
     grad_x, sums = torch.empty_like(tokens), list[tuple[Tensor, Tensor]]()
     for clip in zip(grads.split(1), tokens.split(1), grad_x.split(1), strict=True):
         sums = _clip_bwd(clip[0], clip[1], weights, sums, clip[2])

@@ -6,9 +6,13 @@ import functools
 import torch
 from torch import Tensor
 
+from ...tuning import Space
 from ..torch.patch_embed import CLIP_MEAN, CLIP_STD, missing_frames, whole_patches
 from . import refusals  # noqa: F401
 from ._arrays import array, compute_dtype, kernels, pack, product
+from ._tuning import tune
+
+SPACE = Space("cpu.patch_embed", band_tokens=(256, 512, 1024, 2048), product_rows=(128, 256, 512, 1024))
 
 
 @functools.cache
@@ -28,6 +32,7 @@ def fwd(pixels: Tensor, weight: Tensor, present: Tensor | None) -> Tensor:
     channels, _, patch, _ = weight.shape
     dtype = compute_dtype(weight.dtype)
     y = torch.empty(batch, frames, height // patch, width // patch, channels, dtype=dtype)
+    tune(SPACE, y, C=channels, patch=patch, direction="fwd")
     kernels.patch_embed(readable(pixels), None if present is None else present.contiguous(), normalisation(), patch,
                         pack(weight.flatten(1), dtype), y)
     return y.to(weight.dtype)
@@ -37,6 +42,7 @@ def bwd(grad: Tensor, pixels: Tensor, weight: Tensor, present: Tensor | None, *,
         needs: list[bool]) -> list[Tensor | None]:
     grad_pixels = grad_weight = None
     grads, dtype, values = array(grad), compute_dtype(weight.dtype), weight[0].numel()
+    tune(SPACE, grads, C=len(weight), patch=weight.shape[-1], direction="bwd")
     if needs[0]:
         back = pack(weight.flatten(1), dtype, transposed=True)
         patches = product(grads.view(-1, grads.shape[-1]), back, values).view(*grad.shape[:-1], *weight.shape[1:])

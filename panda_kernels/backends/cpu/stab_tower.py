@@ -7,12 +7,17 @@ import torch
 from torch import Tensor
 
 from ...rectangles import Rectangles
+from ...tuning import Space
 from . import class_tokens, refusals  # noqa: F401
 from ._arrays import compute_dtype, floats, fold_norm, kernels, pack, precise_product
+from ._tuning import tune
 from .class_tokens import FusionWeights, MLPWeights, ValueWeights
 from .local_encoding import streamed_weights
 from .patch_embed import normalisation, readable
 from .window_attention_pool import window_weights
+
+SPACE = Space("cpu.stab_tower", band_tokens=(256, 512, 1024, 2048), product_rows=(256, 512, 1024),
+              block_windows=(32, 64, 128))
 
 
 class Streamed(NamedTuple):
@@ -61,6 +66,8 @@ def run(tower: Streamed, pixels: Tensor, rectangles: Rectangles, present: Tensor
     tokens = torch.empty(rectangles.num_tokens, tower.channels, dtype=tower.dtype)
     clip_pooled = torch.empty(clips if frames > 1 else 0, *clip_queries.shape)
     frame_pooled = torch.empty(clips * frames, *frame_queries.shape)
+    tune(SPACE, tokens, C=tower.channels, R=tower.reduced, heads=tower.num_heads, patch=tower.patch,
+         window=tower.window)
     kernels.stab_tower(readable(pixels), None if present is None else present.contiguous(), normalisation(),
                        rectangles.corners.contiguous(), tower.weights, tower.patch, tower.reduced, tower.num_heads,
                        tower.window, tower.eps, tokens, clip_pooled, frame_pooled)

@@ -5,8 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...tuning import Space
 from . import refusals  # noqa: F401
 from ._arrays import array, compute_dtype, floats, kernels, pack, product, weight_gradient
+from ._tuning import tune
+
+SPACE = Space("cpu.token_mlp", band_tokens=(256, 512, 1024, 2048), product_rows=(128, 256, 512, 1024))
 
 Prepared = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -25,6 +29,7 @@ def run(prepared: Prepared, x: Tensor) -> Tensor:
     """Tokens ``[..., C]`` of the weights' dtype, checked by the caller."""
     tokens = array(x).reshape(-1, x.shape[-1])
     y = torch.empty(tokens.shape[0], len(prepared[3]), dtype=tokens.dtype)
+    tune(SPACE, tokens, C=tokens.shape[1], hidden=len(prepared[1]), out=len(prepared[3]), direction="fwd")
     kernels.token_mlp(tokens, *prepared, y)
     return y.view(*x.shape[:-1], -1).to(x.dtype)
 
@@ -32,6 +37,7 @@ def run(prepared: Prepared, x: Tensor) -> Tensor:
 def bwd(grad: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *,
         needs: list[bool]) -> list[Tensor | None]:
     dtype, tokens, grads = compute_dtype(x.dtype), array(x).reshape(-1, x.shape[-1]), array(grad).reshape(-1, len(w2))
+    tune(SPACE, tokens, C=tokens.shape[1], hidden=len(w1), out=len(w2), direction="bwd")
     hidden = product(tokens, pack(w1, dtype), len(w1), bias=floats(b1))
     grad_w2, grad_b2 = weight_gradient(grads, F.gelu(hidden))
     grad_gelu = product(grads, pack(w2, dtype, transposed=True), len(w1))

@@ -6,8 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...tuning import Space
 from . import refusals  # noqa: F401
 from ._arrays import array, compute_dtype, fold_norm, kernels, pack, precise_product
+from ._tuning import tune
+
+SPACE = Space("cpu.window_attention_pool", band_tokens=(256, 512, 1024), product_rows=(256, 512, 1024),
+              block_windows=(32, 64, 128))
 
 
 class _Folded(NamedTuple):
@@ -53,6 +58,7 @@ def fwd(x: Tensor, corners: Tensor, num_windows: int, q_norm_weight: Tensor, q_n
     weights = window_weights(dtype, q_norm_weight, q_norm_bias, wq, kv_norm_weight, kv_norm_bias, wkv, wp, bp,
                              num_heads=num_heads, scale=channels**-0.5 if scale is None else scale)
     y = torch.empty(num_windows, channels, dtype=dtype)
+    tune(SPACE, y, C=channels, heads=num_heads, window=window, direction="fwd")
     kernels.window_attention_pool(array(x), corners.contiguous(), weights, num_heads, window, eps, y)
     return y.to(x.dtype)
 
@@ -67,6 +73,7 @@ def bwd(grad: Tensor, x: Tensor, corners: Tensor, num_windows: int, q_norm_weigh
                pack(folded.values, dtype, transposed=True), pack(wp, dtype, transposed=True)]
     grad_x, vector, square = torch.empty_like(tokens), (channels,), (channels, channels)
     sums = [torch.empty(*s) for s in (square, vector, square, square, vector, square, vector)]
+    tune(SPACE, tokens, C=channels, heads=num_heads, window=window, direction="bwd")
     kernels.window_attention_pool_gradient(array(grad), tokens, corners.contiguous(), weights, num_heads, window, eps,
                                            grad_x, sums)
     query, query_bias, keys, values, values_bias, out, out_bias = sums

@@ -1,0 +1,111 @@
+"""The calls that a tuner times: every op at a size of its specification, and the streamed tower, with what each must
+give."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, ops
+from ..nn import STAB
+from ..rectangles import Rectangles
+from ..spec import Draw, OpSpec, Tolerance
+from ..verify import TOWER, arguments, error_beside, in_float64, refusals, seeded_tower
+
+DTYPES = (torch.float32, torch.bfloat16)
+TOWER_SIZES = {
+    "clips2": {"dim": 1024, "clips": 2, "frames": 4, "patches": 32},
+    "image": {"dim": 1024, "clips": 1, "frames": 1, "patches": 32},
+    "clip": {"dim": 1024, "clips": 1, "frames": 4, "patches": 32},
+    "clips4": {"dim": 1024, "clips": 4, "frames": 4, "patches": 32},
+    "small": {"dim": 64, "clips": 1, "frames": 4, "patches": 4},
+}
+PATCH, WINDOW = 14, 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call, and how to compute the same in float64."""
+
+    label: str
+    call: Callable[[], Sequence[Tensor]]
+    exactly: Callable[[], Sequence[Tensor]]
+    dtype: torch.dtype
+    tolerance: Tolerance
+    backward: bool
+
+    def errors(self, exact: Sequence[Tensor]) -> list[float]:
+        """Of each result of the call, relative to what it must give."""
+        scale = max(float(t.norm()) for t in exact)
+        return [error_beside(given, wanted, scale) for given, wanted in zip(self.call(), exact, strict=True)]
+
+    def limits(self, errors: Sequence[float]) -> list[float]:
+        """What another config of the same kernels may err, where one has these errors."""
+        return [self.tolerance.limit(error, self.dtype, backward=self.backward) for error in errors]
+
+
+def names() -> tuple[str, ...]:
+    return (*ops.SPECS, TOWER)
+
+
+def sizes_of(op: str) -> dict[str, Any]:
+    """The sizes an op can be tuned at, by name; the first is what it is tuned at unless told otherwise."""
+    if op == TOWER:
+        return dict(TOWER_SIZES)
+    return {**ops.SPECS[op].bench_sizes, **ops.SPECS[op].test_sizes}
+
+
+def cases_of(op: str, size: str, backend: str, device: str) -> Iterator[Case]:
+    """Forward and backward in each dtype, as far as the backend serves them."""
+    for dtype in DTYPES:
+        label = f"{op} {size} {str(dtype).removeprefix('torch.')}"
+        if op != TOWER:
+            yield from _op_cases(ops.SPECS[op], size, dtype, backend, device, label)
+        elif backend == "cpu":  # elsewhere it is composed of the ops
+            yield _tower_case(dtype, label, **TOWER_SIZES[size])
+
+
+def _op_cases(spec: OpSpec, size: str, dtype: torch.dtype, backend: str, device: str, label: str) -> Iterator[Case]:
+    inputs = {name: value.to(device) if isinstance(value, Tensor) else value
+              for name, value in spec.inputs(sizes_of(spec.name)[size], dtype).items()}
+    exact_inputs = in_float64(inputs)
+    for direction in ("fwd", "bwd"):
+        if not refusals(spec, backend, inputs, direction):
+            call, exactly = (_function(spec, direction, server, values)
+                             for server, values in ((backend, inputs), ("torch", exact_inputs)))
+            yield Case(f"{label} {direction}", call, exactly, dtype, spec.tolerance, direction == "bwd")
+
+
+def _function(spec: OpSpec, direction: str, backend: str, inputs: dict[str, Any]) -> Callable[[], Sequence[Tensor]]:
+    """The backend's own function on these inputs: what a tuner measures is not the boundary in front of it."""
+    values = arguments(spec, inputs)
+    serve = backends.choose(spec.name, direction, backend, values)
+    if direction == "fwd":
+        return lambda: [serve(*values)]
+    y = backends.choose(spec.name, "fwd", backend, values)(*values)
+    grad = Draw(1, y.dtype)(*y.shape).to(y.device)
+    needs = [t.dtype.is_floating_point for t in values if isinstance(t, Tensor)]
+    return lambda: [g for g, needed in zip(serve(grad, *values, needs=needs), needs, strict=False)
+                    if needed and g is not None]
+
+
+def _tower_case(dtype: torch.dtype, label: str, *, dim: int, clips: int, frames: int, patches: int) -> Case:
+    def tower(precision: torch.dtype, backend: str) -> Callable[[], Sequence[Tensor]]:
+        module = STAB(dim, dtype=precision).eval()
+        module.load_state_dict(seeded_tower(dim).state_dict())
+        module.backend = backend
+        pixels = Draw(0, precision)(clips, frames, 3, patches * PATCH, patches * PATCH)
+        return partial(_tokens, module, pixels, Rectangles.full(clips * frames, patches, patches))
+
+    def exactly() -> Sequence[Tensor]:
+        return tower(torch.float64, "torch")()
+
+    return Case(f"{label} fwd", tower(dtype, "cpu"), exactly, dtype, Tolerance(), False)
+
+
+def _tokens(tower: STAB, pixels: Tensor, rectangles: Rectangles) -> Sequence[Tensor]:
+    return [tower(pixels, rectangles).tokens]
