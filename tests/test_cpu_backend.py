@@ -518,3 +518,18 @@ def test_without_the_extension(damage: Callable[[Path], str], empty_package: Pat
     assert same_bits(tokens_of(tower_of("four", torch.float32, "auto"), x, rectangles), by_torch)
     with pytest.raises(backends.BackendError, match=re.escape(reason)):
         tokens_of(tower_of("four", torch.float32, "cpu"), x, rectangles)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_repeated_tokens_have_the_bits_of_their_first(dtype: torch.dtype, tier: str) -> None:
+    """Copies are not computed again; rows that differ in a single element, wherever it is, are no copies."""
+    inputs = SPECS["token_mlp"].inputs({"shape": (40, 130), "hidden": 36, "out": 33}, dtype)
+    x = inputs["x"]
+    x[[3, 17, 39]] = x[1].clone()
+    x[20:33] = x[1].clone()
+    for row, channel in zip(range(20, 33), range(0, 130, 10), strict=True):
+        x[row, channel] += 1
+    x[5] = x[6] = torch.nan
+    y = call("token_mlp", inputs, "cpu")
+    alone = torch.cat([call("token_mlp", inputs | {"x": row[None]}, "cpu") for row in x])
+    assert same_bits(y, alone) and len(y.unique(dim=0)) > 30

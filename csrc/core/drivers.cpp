@@ -192,28 +192,4 @@ void linear(const Linear& a) {
   parallel_for(linear_items(a), [&](int64_t first, int64_t last) { kernels().linear(a, first, last); });
 }
 
-void token_mlp(const TokenMlp& a) {
-  const int64_t size = size_of(a.dtype), stride = padded_k(a.dtype, a.hidden);
-  const int64_t block = std::min(a.rows, tuning().band_tokens * (a.dtype == Dtype::float32 ? 1 : 2));
-  ProductRows input(a.dtype, block, a.c);
-  Scratch<char> hidden(block * stride * size);
-  if (stride != a.hidden) std::memset(hidden.data(), 0, block * stride * size);
-  for (int64_t row = 0; row < a.rows; row += block) {
-    const int64_t rows = std::min(block, a.rows - row);
-    Gemm first{input.get(static_cast<const char*>(a.x) + row * a.c * size, a.c, rows),
-               input.stride(a.c),
-               a.w1,
-               a.c,
-               a.hidden,
-               hidden.data(),
-               stride};
-    first.bias = a.b1;
-    first.activation = Activation::gelu_erf;
-    product(a.dtype, first, rows);
-    Gemm second{hidden.data(), stride, a.w2, a.hidden, a.n, static_cast<char*>(a.out) + row * a.n * size, a.n};
-    second.bias = a.b2;
-    product(a.dtype, second, rows);
-  }
-}
-
 }  // namespace panda

@@ -58,7 +58,8 @@ void assemble_tokens_gradient(Dtype, const void* grad, const int64_t* corners, i
 
 void linear(const Linear&);
 
-// out [rows][n] = gelu(x w1^T + b1) w2^T + b2; w1 packed [hidden, c], w2 packed [n, hidden].
+// out [rows][n] = gelu(x w1^T + b1) w2^T + b2; w1 packed [hidden, c], w2 packed [n, hidden]. Rows of x that repeat an
+// earlier one bit by bit are copied, not computed.
 struct TokenMlp {
   Dtype dtype;
   const void* x;

@@ -56,6 +56,7 @@ struct Gemm {
   const void* residual = nullptr;
   int64_t ldr = 0;
   bool residual_is_float = false;
+  const int64_t* places = nullptr;  // where not null, row i of the product is row places[i] of c
 };
 
 // Computes rows [row0, row1) of column panels [panel0, panel1) in the calling thread. In a given tier every element is

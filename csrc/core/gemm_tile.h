@@ -37,9 +37,10 @@ static void finish(const Gemm& g, const float* sums, int64_t row, int rows, int6
     for (int i = 0; i < whole; ++i) bias[i] = load(g.bias + column + i * kLanes);
     if (left) bias[whole] = load_n(g.bias + column + whole * kLanes, left);
   }
-  C* c = static_cast<C*>(g.c) + row * g.ldc + column;
+  C* const columns = static_cast<C*>(g.c) + column;
   const R* residual = g.residual ? static_cast<const R*>(g.residual) + row * g.ldr + column : nullptr;
-  for (int r = 0; r < rows; ++r, sums += kPanel, c += g.ldc) {
+  for (int r = 0; r < rows; ++r, sums += kPanel) {
+    C* c = columns + (g.places ? g.places[row + r] : row + r) * g.ldc;
     const R* added = residual ? residual + r * g.ldr : nullptr;
     const auto part = [&](int i) { return added ? added + i * kLanes : nullptr; };
     const auto read = [](const R* p) { return load(p); };
