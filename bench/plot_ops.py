@@ -22,7 +22,9 @@ def speedup(rows: Sequence[Row], figure: Figure) -> None:
     found = contests(rows)
     labels = list(dict.fromkeys((op, size) for op, size, _ in found))
     dtypes = [d for d in COLOURS if any(dtype == d for _, _, dtype in found)]
-    peers = list(dict.fromkeys(name for contest in found.values() for name in speedups(contest)))
+    # A peer that runs in another dtype than its row's says so after its name: a hollow mark.
+    peers = list(dict.fromkeys(name.split(" (")[0] for contest in found.values() for name in speedups(contest)))
+    hollow = [name.split(" (")[1].rstrip(")") for contest in found.values() for name in contest if " (" in name]
     height = 0.76 / len(dtypes)
     ratios = {labels: speedups(contest) for labels, contest in found.items()}
     for (op, size, dtype), of_peer in ratios.items():
@@ -30,8 +32,10 @@ def speedup(rows: Sequence[Row], figure: Figure) -> None:
         released = next(ratio for name, ratio in of_peer.items() if name.startswith("reference"))
         axes.barh(y, released - 1, left=1, height=0.9 * height, color=COLOURS[dtype], alpha=0.35, zorder=2)
         for name, ratio in of_peer.items():
-            axes.plot(ratio, y, MARKERS[peers.index(name) % len(MARKERS)], color=COLOURS[dtype], ms=5.5, mec="white",
-                      mew=0.6, zorder=3)
+            plain, _, other_dtype = name.partition(" (")
+            face, edge = ("white", COLOURS[dtype]) if other_dtype else (COLOURS[dtype], "white")
+            axes.plot(ratio, y, MARKERS[peers.index(plain) % len(MARKERS)], mfc=face, mec=edge, ms=5.5,
+                      mew=1.2 if other_dtype else 0.6, zorder=3)
         axes.text(0.99, y, f"{released:.2g}x", transform=axes.get_yaxis_transform(), ha="right", va="center",
                   fontsize=8, color=COLOURS[dtype])
     axes.set_xscale("log", base=2)
@@ -48,6 +52,9 @@ def speedup(rows: Sequence[Row], figure: Figure) -> None:
     handles: list[Artist] = [Rectangle((0, 0), 1, 1, color=COLOURS[d], alpha=0.6, label=d) for d in dtypes]
     handles += [Line2D([], [], ls="", marker=MARKERS[i % len(MARKERS)], color="#666666", label=name)
                 for i, name in enumerate(peers)]
+    if hollow:
+        label = f"hollow: torch in {hollow[0]}"
+        handles.append(Line2D([], [], ls="", marker="o", mfc="white", mec="#666666", label=label))
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
 
 
@@ -83,5 +90,6 @@ def roofline(rows: Sequence[Row], figure: Figure) -> None:
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.grid(which="major", color=FAINT, lw=0.5, alpha=0.6, zorder=0)
     axes.legend(loc="lower right", frameon=False, fontsize=8)
-    listing = "\n".join(f"{i:>2}  {op}, {size}" for i, (op, size) in enumerate(names, 1))
+    # Padded by spaces as wide as a digit.
+    listing = "\n".join(f"{str(i).rjust(2, chr(0x2007))}  {op}, {size}" for i, (op, size) in enumerate(names, 1))
     axes.annotate(listing, (1.02, 1), xycoords="axes fraction", va="top", fontsize=8, linespacing=1.5)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from .encoders import CLIP_8, CLIP_100, OP, PAPER
 from .plot import FAINT, INK, OURS_COLOUR, REFERENCE_COLOUR
@@ -37,7 +37,7 @@ def encoders(rows: Sequence[Row], figure: Figure) -> None:
         axes.set_xscale("log")
         values = [unit * found[name, metric].median for name in names]
         values += [unit * getattr(p, metric) for p in PAPER.values()]
-        axes.set_xlim(0.5 * min(values), 4 * max(values))
+        axes.set_xlim(0.5 * min(values), 6 * max(values))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(label)
@@ -78,9 +78,7 @@ def _time(rows: Sequence[Row], axes: Axes) -> None:
         label = f"{LABELS[contender]}, {op}: frames$^{{{fitted_slope(points):.2f}}}$"
         axes.plot(*zip(*points, strict=True), style, color=colour, ms=5, lw=1.3, label=label)
     axes.set(xscale="log", yscale="log", xlabel="frames of 448 x 448", ylabel="seconds", title="Time of the tower")
-    _plain_frames(axes, [x for op in (CLIPS, ONE_CLIP) for x, _ in by_frames(rows, op, OURS)])
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.legend(frameon=False, fontsize=8)
+    _plain_ticks(axes, [x for op in (CLIPS, ONE_CLIP) for x, _ in by_frames(rows, op, OURS)])
 
 
 def _memory(rows: Sequence[Row], axes: Axes) -> None:
@@ -90,10 +88,7 @@ def _memory(rows: Sequence[Row], axes: Axes) -> None:
                   lw=1.3, label=label)
     axes.set(xscale="log", yscale="log", xlabel="frames of 448 x 448", ylabel="MiB above the weights",
              title="Peak memory")
-    _plain_frames(axes, [x for x, _ in by_frames(rows, CLIPS, OURS, "peak_bytes")])
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.legend(frameon=False, fontsize=8)
+    _plain_ticks(axes, [x for x, _ in by_frames(rows, CLIPS, OURS, "peak_bytes")])
 
 
 def _threads(rows: Sequence[Row], axes: Axes) -> None:
@@ -112,10 +107,17 @@ def _threads(rows: Sequence[Row], axes: Axes) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def _plain_frames(axes: Axes, frames: Sequence[float]) -> None:
+def _plain_ticks(axes: Axes, frames: Sequence[float]) -> None:
+    """Numbers of frames below, plain numbers beside, and room for the legend above the lines."""
     ticks = sorted(set(frames))
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * (high / low) ** 0.4)
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
 
 
 def _short(value: float) -> str:
