@@ -18,9 +18,9 @@ CASE = tower.CASES["8 frames"]
 
 def test_encoders(bench: Bench, full: bool, dtype: torch.dtype, device: str) -> None:
     if not encoders.available():
-        pytest.skip("Table 3 is left out: transformers is not installed")
+        pytest.skip("Table 3, because transformers is not installed")
     if peer_dtype(dtype, device) != dtype:
-        pytest.skip(f"Table 3 is left out in {dtype}: torch has no such products here")
+        pytest.skip(f"Table 3 in {dtype}, in which torch has no products here")
     on_gpu = device != "cpu"
     contest = tower.contenders(dtype, device=device, projected=True)
     ours, peers = contest.calls(CASE.pixel_values(dtype))

@@ -14,9 +14,9 @@ from panda_kernels.spec import Cost
 
 def test_first_token(bench: Bench, full: bool, dtype: torch.dtype, device: str) -> None:
     if not encoders.available():
-        pytest.skip("the wait for the first token is left out: transformers is not installed")
+        pytest.skip("the wait for the first token, because transformers is not installed")
     if peer_dtype(dtype, device) != dtype:
-        pytest.skip(f"the wait for the first token is left out in {dtype}: torch has no such products here")
+        pytest.skip(f"the wait for the first token in {dtype}, in which torch has no products here")
     case = "8 frames" if full or device != "cpu" else "720p clip"
     race = first_token.FirstToken(tower.CASES[case], dtype, device)
     pixels = tower.CASES[case].pixel_values(dtype).to(device)

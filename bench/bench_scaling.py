@@ -34,7 +34,7 @@ def test_frames(bench: Bench, series: str, frames: int, device: str) -> None:
 def test_memory(bench: Bench, full: bool, frames: int, device: str) -> None:
     """Peaks above the weights; in a short run only of the first two sizes, for each takes processes of its own."""
     if frames > (64 if full else SHORT[1]):
-        pytest.skip("peak memory is found for fewer frames")
+        pytest.skip(f"peak memory of {frames} frames")
     dtype, case = _dtype(device), _case(CLIPS, frames)
     names = {OURS: "ours", "reference": "reference"}
     bench.value(_labels(CLIPS, frames, device), "peak_bytes", {

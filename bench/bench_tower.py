@@ -63,4 +63,4 @@ def _labels(op: str, case: str, dtype: torch.dtype) -> dict[str, str]:
 
 def _skip_if_too_large(fits: bool) -> None:
     if not fits:
-        pytest.skip("too little memory is free for the peers")
+        pytest.skip("a size for whose peers too little memory is free")

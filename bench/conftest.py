@@ -73,6 +73,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
     terminalreporter.section("panda_kernels")
     for line in table.render(found.rows):
         terminalreporter.write_line(line)
+    skipped = (report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", []))
+    for reason in dict.fromkeys(skipped):
+        terminalreporter.write_line(f"not measured: {reason}")
     if not config.getoption("full"):
         terminalreporter.write_line("short run: --full has all sizes, and torch.compile, which takes long to compile")
     if path := config.getoption("save"):
