@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test lint format bench figures plots clean
 
 setup: $(VENV)/extension.stamp
 
@@ -35,6 +35,16 @@ format: setup
 
 bench: setup
 	$(PY) -m pytest bench
+
+# What README shows: every size, saved, and once more the tower where large tensors cost no page faults.
+figures: setup
+	$(PY) -m pytest bench --full --save
+	MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=4000000000 \
+		$(PY) -m pytest bench/bench_tower.py -k "test_tower and 8_frames" --save
+	$(MAKE) plots
+
+plots: setup
+	$(PY) -m bench.report
 
 clean:
 	rm -rf $(VENV) build demo panda_kernels/_cpu.so panda_kernels/_build.json

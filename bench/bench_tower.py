@@ -1,54 +1,66 @@
 """The whole tower, with and without projector, and the memory it needs."""
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from bench import memory, tower, training
+from bench.half_products import peer_dtype, peer_name
 from bench.measure import Bench
+from bench.records import OURS
 from panda_kernels.spec import Cost
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-ROWS = [(case, projected) for case in tower.CASES for projected in (False, True)]
+PROJECTED = ("8 frames", "720p clip", "image", "1 clip", "4 clips")
+ROWS = [(case, projected) for case in tower.CASES for projected in ((False, True) if case in PROJECTED else (False,))]
 SHORT = [(case, projected) for case, projected in ROWS if case in tower.SHORT and (case == "8 frames" or not projected)]
+STEPS = ("8 frames", "1 clip", "4 clips", "16 clips", "64 clips")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    rows = ROWS if metafunc.config.getoption("full") else SHORT
-    if "case" in metafunc.fixturenames:
+    full = metafunc.config.getoption("full")
+    if "projected" in metafunc.fixturenames:
+        rows = ROWS if full else SHORT
         ids = [f"{case}{', projected' * projected}".replace(" ", "_") for case, projected in rows]
         metafunc.parametrize(("case", "projected"), rows, ids=ids)
-    metafunc.parametrize("dtype", list(DTYPES))
+    elif "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", STEPS if full else STEPS[:1], ids=lambda case: case.replace(" ", "_"))
 
 
-def test_tower(bench: Bench, request: pytest.FixtureRequest, case: str, projected: bool, dtype: str,
-               device: str) -> None:
+def test_tower(bench: Bench, full: bool, case: str, projected: bool, dtype: torch.dtype, device: str) -> None:
+    input_ = tower.CASES[case]
+    _skip_if_too_large(input_.fits(device))
     # Compiling takes most of a minute, so it is measured for the usual input only.
-    with_compiled = request.config.getoption("full") and case == "8 frames"
-    contest = tower.contenders(DTYPES[dtype], device=device, projected=projected, with_compiled=with_compiled)
-    pixels = tower.CASES[case].pixel_values(DTYPES[dtype]).to(device)
-    labels = {"op": "tower + projector" if projected else "tower", "size": case, "dtype": dtype, "backend": "auto"}
-    errors = tower.errors(case, contest, DTYPES[dtype], projected, device)
-    peers = {name: lambda run=run: run(pixels) for name, run in contest.peers.items()}
-    cost = tower.cost(tower.CASES[case], DTYPES[dtype], projected)
-    bench.row(labels, lambda: contest.ours(pixels), peers, errors, cost)
+    contest = tower.contenders(dtype, device=device, projected=projected, with_compiled=full and case == "8 frames")
+    ours, peers = contest.calls(input_.pixel_values(dtype))
+    bench.row(_labels("tower + projector" if projected else "tower", case, dtype), ours, peers,
+              partial(tower.errors, input_, contest, projected), tower.cost(input_, dtype, projected),
+              overheads=contest.overheads())
 
 
-def test_training_step(bench: Bench, dtype: str, device: str) -> None:
-    contest = training.contenders(DTYPES[dtype], device=device)
-    pixels = tower.CASES["8 frames"].pixel_values(DTYPES[dtype]).to(device)
-    labels = {"op": "training step", "size": "8 frames", "dtype": dtype, "backend": "auto"}
-    forward = tower.cost(tower.CASES["8 frames"], DTYPES[dtype], False)
-    cost = Cost(bytes=3 * forward.bytes, flops=3 * forward.flops)
-    peers = {name: lambda run=run: run(pixels) for name, run in contest.peers.items()}
-    bench.row(labels, lambda: contest.ours(pixels), peers, training.errors(contest, DTYPES[dtype], device), cost)
+def test_training_step(bench: Bench, case: str, dtype: torch.dtype, device: str) -> None:
+    _skip_if_too_large(tower.CASES[case].fits(device, training=True))
+    contest = training.contenders(dtype, device=device)
+    ours, peers = contest.calls(tower.CASES[case].pixel_values(dtype))
+    forward = tower.cost(tower.CASES[case], dtype, False)
+    bench.row(_labels("training step", case, dtype), ours, peers, partial(training.errors, contest),
+              Cost(bytes=3 * forward.bytes, flops=3 * forward.flops))
 
 
 @pytest.mark.parametrize("kind", ["forward", "training"])
-def test_memory(bench: Bench, dtype: str, device: str, kind: str) -> None:
+def test_memory(bench: Bench, dtype: torch.dtype, device: str, kind: str) -> None:
     """Peak above the weights of two passes over 8 frames, each contender in a process of its own."""
-    if device != "cpu":
-        pytest.skip("the resident set does not show a GPU's memory")
-    bench.memory_row({"op": f"memory, {kind}", "size": "8 frames", "dtype": dtype},
-                     ours=lambda: memory.in_subprocess("ours", dtype, kind),
-                     reference=lambda: memory.in_subprocess("reference", dtype, kind))
+    theirs = peer_dtype(dtype, device)
+    bench.value(_labels(f"memory, {kind}", "8 frames", dtype), "peak_bytes", {
+        OURS: memory.of_tower("ours", dtype, kind, 2, 4, device),
+        peer_name("reference", dtype, device): memory.of_tower("reference", theirs, kind, 2, 4, device)})
+
+
+def _labels(op: str, case: str, dtype: torch.dtype) -> dict[str, str]:
+    return {"op": op, "size": case, "dtype": str(dtype).removeprefix("torch."), "backend": "auto"}
+
+
+def _skip_if_too_large(fits: bool) -> None:
+    if not fits:
+        pytest.skip("a size for whose peers too little memory is free")

@@ -3,9 +3,9 @@
 #
 #   OUT=folder bench/gpu.sh [seconds]
 #
-# Needs torch with CUDA, triton and pytest, for the benchmarks pytest-benchmark, for the core's own tests pybind11;
+# Needs torch with CUDA, triton and pytest, for the core's own tests pybind11, for some benchmarks transformers and timm;
 # wheels in $WHEELS (default: wheels/) are installed beside it first. A step that fails or runs out of time does not
-# stop the next one. Logs and bench.json go to $OUT; the summary ends the output, and the exit code says if all passed.
+# stop the next one. Logs and results.jsonl go to $OUT; the summary ends the output, and the exit code says if all passed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -48,7 +48,7 @@ step info 60 "$PYTHON" -m panda_kernels.cli info
 step tests 240 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_triton_ops.py
 step gpu 120 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests
 step verify 120 "$PYTHON" -m panda_kernels.cli verify
-step bench 180 "$PYTHON" -m pytest -q -p no:cacheprovider bench --device cuda --benchmark-json "$OUT/bench.json"
+step bench 180 "$PYTHON" -m pytest -q -p no:cacheprovider bench --device cuda --save "$OUT/results.jsonl"
 for tool in memcheck racecheck; do
   step "$tool" 240 compute-sanitizer --tool "$tool" --error-exitcode 1 \
     "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_triton_ops.py -k "$SMALLEST"

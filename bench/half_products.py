@@ -37,6 +37,25 @@ class ConvertedProducts(TorchDispatchMode):
         return isinstance(value, Tensor) and value.dtype == self.dtype
 
 
+def peer_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """In which torch's own code serves a row of ``dtype``: nobody runs a model in products that are not there."""
+    return dtype if device != "cpu" or has_products(dtype) else torch.float32
+
+
+def peer_name(name: str, dtype: torch.dtype, device: str) -> str:
+    """``name``, with the dtype if that is not the row's."""
+    used = peer_dtype(dtype, device)
+    return name if used == dtype else f"{name} ({str(used).removeprefix('torch.')})"
+
+
+def yardstick(dtype: torch.dtype, device: str) -> AbstractContextManager[Any]:
+    """In which the reference's error is found: its products are those of a device that has them.
+
+    Not for inference mode, which shows a dispatch mode whole layers instead of products.
+    """
+    return products_in(dtype) if device == "cpu" else nullcontext()
+
+
 def products_in(dtype: torch.dtype) -> AbstractContextManager[Any]:
     """:class:`ConvertedProducts` where this machine's CPU needs it, else nothing; for towers on the CPU."""
     return nullcontext() if has_products(dtype) else ConvertedProducts(dtype)

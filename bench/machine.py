@@ -5,8 +5,8 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ import torch.nn.functional as F
 import panda_kernels
 from panda_kernels import info
 from panda_kernels.tuning.timer import finished
+
+from .half_products import peer_dtype
+from .records import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
@@ -39,34 +42,55 @@ class Peaks:
         """The roofline: no call moves its bytes or does its arithmetic faster than this."""
         return max(num_bytes / self.bandwidth(num_bytes), flops / self.gflop_s[dtype]) / 1e9
 
+    def rows(self, facts: dict[str, Any]) -> list[Row]:
+        """The peaks as rows of their own; :meth:`of` reads them."""
+        found = [("copy in memory", "any", "gb_s", self.memory_gb_s), ("copy in cache", "any", "gb_s", self.l3_gb_s),
+                 ("cache", "any", "bytes", self.l3_bytes)]
+        found += [("matrix product", dtype, "gflop_s", rate) for dtype, rate in self.gflop_s.items()]
+        return [Row(op="peak", size=size, dtype=dtype, metric=metric, contender="torch", median=value, min=value,
+                    max=value, **facts) for size, dtype, metric, value in found]
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> Peaks:
+        found = {(row.size, row.dtype): row.median for row in rows if row.op == "peak"}
+        rates = {dtype: rate for (size, dtype), rate in found.items() if size == "matrix product"}
+        return cls(found["copy in memory", "any"], found["copy in cache", "any"], int(found["cache", "any"]), rates)
+
 
 def measure_peaks(device: str) -> Peaks:
-    """Takes a few seconds and, for the large copy, at most a quarter of the free memory; a GPU's cache is its L2."""
+    """Takes a few seconds and, for the large copy, at most a quarter of the free memory; a GPU's cache is its L2.
+
+    A dtype that torch cannot multiply on this CPU (:mod:`bench.half_products`) has the peak of the one used instead.
+    """
     cache = _l3_bytes() if device == "cpu" else torch.cuda.get_device_properties(device).L2_cache_size
-    free = _free_bytes() if device == "cpu" else torch.cuda.mem_get_info()[0]
-    large = min(max(256 * MIB, 2 * cache), free // 8)
+    large = min(max(256 * MIB, 2 * cache), free_bytes(device) // 8)
     # Half of the cache, source and destination together; no more than the tower's own activations need.
     small = min(cache // 4, 16 * MIB)
     with torch.device(device):
-        rates = {str(dtype).removeprefix("torch."): _matrix_rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
+        rates = {str(dtype).removeprefix("torch."): _matrix_rate(peer_dtype(dtype, device))
+                 for dtype in row_dtypes(device)}
         return Peaks(_copy_rate(large, 4), _copy_rate(small, 50), cache, rates)
 
 
-def facts(peaks: Peaks, device: str) -> dict[str, Any]:
-    """What every row carries, flat or in small dicts of strings and numbers."""
+def row_dtypes(device: str) -> tuple[torch.dtype, ...]:
+    """What a device is measured in: float16 only where it has instructions for it."""
+    return (torch.float32, torch.bfloat16) if device == "cpu" else (torch.float32, torch.bfloat16, torch.float16)
+
+
+def facts(device: str) -> dict[str, Any]:
+    """The fields of a :class:`~bench.records.Row` that say where it was measured."""
     sections = info.collect()
-    machine = {name: sections["machine"][name] for name in ("system", "cpu", "cpu flags", "torch isa")}
+    malloc = (f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_"))
     return {
-        "device": machine["cpu"] if device == "cpu" else torch.cuda.get_device_name(device),
+        "device": sections["machine"]["cpu"] if device == "cpu" else torch.cuda.get_device_name(device),
+        "device_type": torch.device(device).type,
         "threads": torch.get_num_threads(),
-        "machine": machine,
         "isa": sections["extension"]["instructions"],
-        "backends": sections["backends"],
-        "versions": {"panda_kernels": panda_kernels.__version__, "torch": torch.__version__,
-                     "numpy": numpy.__version__, "python": platform.python_version()},
-        "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
+        "torch": torch.__version__, "numpy": numpy.__version__, "python": platform.python_version(),
+        "panda_kernels": panda_kernels.__version__,
+        "malloc": " ".join(malloc),
         "load_before": os.getloadavg()[0],
-        "peaks": asdict(peaks),
+        "date": time.strftime("%Y-%m-%d %H:%M"),
         **commit(),
     }
 
@@ -117,5 +141,8 @@ def _l3_bytes() -> int:
     return int(text[:-1]) * sizes[text[-1]]
 
 
-def _free_bytes() -> int:
+def free_bytes(device: str) -> int:
+    """What can be allocated on the device; on a CPU what the system says it could make free is left out."""
+    if device != "cpu":
+        return torch.cuda.mem_get_info()[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

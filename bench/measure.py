@@ -1,18 +1,18 @@
-"""One row: peers and kernel timed in turns, so that whatever else the machine does meets them all alike."""
+"""One contest: peers and kernel timed in turns, so that whatever else the machine does meets them all alike."""
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from panda_kernels.spec import Cost
-from panda_kernels.tuning.timer import Call, finished, rounds_for, timed
+from panda_kernels.tuning.timer import Call, Clock, clock_of, finished, interleaved, wall_clock
 
 from .machine import Peaks
+from .records import OURS, Row
 
 
 @dataclass(frozen=True)
@@ -30,57 +30,76 @@ class WrongResult(AssertionError):
 
 @dataclass(frozen=True)
 class Bench:
-    """Measures rows into pytest-benchmark's records: ours is its timed function, the rest goes to ``extra_info``."""
+    """Measures contests into rows. ``facts`` are the fields of a row that say where it was measured."""
 
-    fixture: Any
     facts: Mapping[str, Any]
     peaks: Peaks
     seconds: float
+    rows: list[Row] = field(default_factory=list)
 
-    def row(self, labels: Mapping[str, str], ours: Call, peers: Mapping[str, Call], errors: Errors, cost: Cost) -> None:
-        """Time ``ours`` and ``peers`` for about ``seconds``, at least 3 rounds. ``labels`` name the row.
+    def row(self, labels: Mapping[str, str], ours: Call, peers: Mapping[str, Call], check: Callable[[], Errors],
+            cost: Cost, *, overheads: Mapping[str, float] | None = None,
+            scales: Mapping[str, tuple[float, str]] | None = None) -> None:
+        """Time ``ours`` and ``peers`` for about ``seconds``, at least 3 rounds, after a first call of each.
+
+        ``labels`` name the row. ``overheads`` are by contender, and so are ``scales``: a factor by which the times of
+        a call on less than the whole input are multiplied, and the words that say so. Peers named after the reference
+        are given its error.
 
         Raises:
-            WrongResult: before anything is timed, if ``errors`` are out of tolerance.
+            WrongResult: if ``check`` finds errors out of tolerance; ours has then run once, and nothing is recorded.
         """
+        timer = clock_of(self.facts["device_type"])
+        with torch.inference_mode():
+            first = {OURS: timer(ours)}
+        errors = check()
         if not errors.ours <= errors.limit:
             raise WrongResult(f"{' '.join(labels.values())}: relative error {errors.ours:.2e} against float64, "
                               f"limit {errors.limit:.2e}; not timed")
         with torch.inference_mode():
-            samples = self._interleave(partial(finished, ours), peers)
-        info = self.fixture.extra_info
-        info.update(self.facts, **labels, bytes=cost.bytes, flops=cost.flops, error=errors.ours,
-                    reference_error=errors.reference, error_limit=errors.limit)
-        if self.fixture.disabled:
-            return
-        ours_seconds = self.fixture.stats.stats
-        median = ours_seconds.median
-        least = self.peaks.least_seconds(cost.bytes, cost.flops, labels["dtype"])
-        info.update(
-            gb_s=cost.bytes / median / 1e9,
-            gflop_s=cost.flops / median / 1e9,
-            fraction_of_peak=least / median,
-            spread=(ours_seconds.q3 - ours_seconds.q1) / median,
-            peers={name: _summary(seconds, median) for name, seconds in samples.items()},
-        )
+            first |= {name: timer(call) for name, call in peers.items()}
+            samples = self._interleave({**peers, OURS: ours}, sum(first.values()), timer)
+        where = {**self.facts, **labels}
+        for name in (OURS, *peers):
+            scale, note = (scales or {}).get(name, (1.0, ""))
+            row = summary([scale * sample for sample in samples[name]], **where, contender=name, metric="seconds",
+                          bytes=cost.bytes, flops=cost.flops, first_call_seconds=first[name],
+                          overhead_seconds=(overheads or {}).get(name), note=note)
+            if name == OURS:
+                row = self._against_peak(replace(row, error=errors.ours, error_limit=errors.limit))
+            elif name.startswith("reference"):
+                row = replace(row, error=errors.reference)
+            self.rows.append(row)
 
-    def memory_row(self, labels: Mapping[str, str], ours: Callable[[], int], reference: Callable[[], int]) -> None:
-        """Record bytes instead of times; the recorded time is that of the process that measured ours."""
-        peaks = {"reference_peak_bytes": reference(), "peak_bytes": self.fixture.pedantic(ours)}
-        self.fixture.extra_info.update(self.facts, **labels, **peaks)
+    def value(self, labels: Mapping[str, str], metric: str, values: Mapping[str, float], note: str = "") -> None:
+        """Rows of something that is found once, such as bytes, for each contender."""
+        self.rows.extend(summary([value], **{**self.facts, **labels}, contender=name, metric=metric, note=note)
+                         for name, value in values.items())
 
-    def _interleave(self, ours: Call, peers: Mapping[str, Call]) -> dict[str, list[float]]:
-        rounds = rounds_for((*peers.values(), ours), self.seconds)
-        samples: dict[str, list[float]] = {name: [] for name in peers}
+    def _against_peak(self, row: Row) -> Row:
+        if not row.bytes:
+            return row
+        least = self.peaks.least_seconds(row.bytes, row.flops, row.dtype)
+        return replace(row, gb_s=row.bytes / row.median / 1e9, gflop_s=row.flops / row.median / 1e9,
+                       fraction_of_peak=least / row.median)
 
-        def time_peers() -> None:
-            for name, call in peers.items():
-                samples[name].append(timed(call))
+    def _interleave(self, calls: Mapping[str, Call], first: float, timer: Clock) -> dict[str, list[float]]:
+        if first < self.seconds / 4:  # the first calls also warmed up; long ones cannot be afforded twice
+            for call in calls.values():
+                timer(call)
+        return interleaved(calls, self.seconds, timer)
 
-        self.fixture.pedantic(ours, setup=time_peers, rounds=rounds)
-        return samples
+
+def summary(samples: Sequence[float], **fields: Any) -> Row:
+    median = statistics.median(samples)
+    low, _, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [median] * 3
+    return Row(median=median, min=min(samples), max=max(samples), rounds=len(samples),
+               spread=(high - low) / median if median else 0.0, **fields)
 
 
-def _summary(seconds: list[float], ours: float) -> dict[str, float]:
-    median = statistics.median(seconds)
-    return {"median": median, "min": min(seconds), "max": max(seconds), "speedup": median / ours}
+def overhead(call: Call, calls: int = 30) -> float:
+    """Median seconds until ``call``, on the smallest input, returns; a GPU is not waited for."""
+    for _ in range(3):
+        finished(call)
+    with torch.inference_mode():
+        return statistics.median(wall_clock(call) for _ in range(calls))

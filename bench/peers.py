@@ -20,7 +20,7 @@ Projection = Callable[[Tensor], Tensor]
 Output = tuple[list[Tensor], list[Tensor]]
 
 
-def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A Linear on ``[..., C]`` as a channels-last 1x1 convolution.
 
     In float32 on CPUs torch gives convolutions to oneDNN and linears to MKL, which reaches half the speed on AMD.
@@ -92,13 +92,13 @@ class VectorisedSTAB(nn.Module):
         batch, frames, _, height, width = images.shape
         h, w = height // p, width // p
         cells = images[..., : h * p, : w * p].reshape(batch, frames, 3, h, p, w, p).permute(0, 1, 3, 5, 2, 4, 6)
-        return _pointwise(cells.reshape(batch, frames, h, w, -1), weight)
+        return pointwise(cells.reshape(batch, frames, h, w, -1), weight)
 
     def _lste(self, x0: Tensor) -> Tensor:
         norm, w1, over_time, w2 = self.tower.lmhra1.pos_embed
         x = norm(x0.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
-        x = _depthwise(_pointwise(x, *w1.parameters()), *over_time.parameters())
-        x1 = x0 + _pointwise(x, *w2.parameters())
+        x = _depthwise(pointwise(x, *w1.parameters()), *over_time.parameters())
+        x1 = x0 + pointwise(x, *w2.parameters())
         return x1 + _depthwise(x1, *self.tower.dpe.parameters())
 
     def _gstra(self, tokens: Tensor) -> Tensor:
@@ -107,41 +107,59 @@ class VectorisedSTAB(nn.Module):
         e = self.tower.temporal_cls_token.expand(len(tokens), 1, -1)
         wq, wkv = attn.in_proj_weight.split([e.shape[-1], 2 * e.shape[-1]])
         bq, bkv = attn.in_proj_bias.split([e.shape[-1], 2 * e.shape[-1]])
-        q, kv = F.linear(block.ln_1(e), wq, bq), _pointwise(block.ln_3(tokens), wkv, bkv)
+        q, kv = F.linear(block.ln_1(e), wq, bq), pointwise(block.ln_3(tokens), wkv, bkv)
         g = e + attn.out_proj(_attend(q, kv, attn.num_heads))
         return (g + block.mlp(block.ln_2(g)))[:, 0]
 
     def _lsd(self, x: Tensor) -> Tensor:
         stage = self.tower.local_attention
-        s = stage.window
-        frames, h, w = len(x), x.shape[1] // s, x.shape[2] // s
-        windows = x[:, : h * s, : w * s].reshape(frames, h, s, w, s, -1).transpose(2, 3)
-        windows = windows.reshape(frames * h * w, s * s, -1)
-        mean = windows.mean(1, keepdim=True)
-        q = _pointwise(stage.q[0](mean), *stage.q[1].parameters())
-        kv = _pointwise(stage.kv[0](windows), *stage.kv[1].parameters())
-        attended = _attend(q, kv, stage.num_heads, scale=x.shape[-1] ** -0.5)
-        return (mean + _pointwise(attended, stage.proj.weight, stage.proj.bias)).view(frames, h, w, -1)
+        weights = (*stage.q.parameters(), *stage.kv.parameters(), *stage.proj.parameters())
+        pooled = pool_windows(x, *weights, num_heads=stage.num_heads, window=stage.window)
+        return pooled.view(len(x), x.shape[1] // stage.window, x.shape[2] // stage.window, -1)
 
     def _fsra(self, tokens: Tensor) -> Tensor:
         stage = self.tower.global_attention
         c = self.tower.class_embedding
         q = stage.q(c).expand(len(tokens), 1, -1)
-        kv = _pointwise(stage.kv[0](tokens), *stage.kv[1].parameters())
+        kv = pointwise(stage.kv[0](tokens), *stage.kv[1].parameters())
         return c + stage.proj(_attend(q, kv, stage.num_heads, scale=len(c) ** -0.5))[:, 0]
 
 
-def _attend(q: Tensor, kv: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
+Attend = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def _attend(q: Tensor, kv: Tensor, num_heads: int, scale: float | None = None, attend: Attend = _sdpa) -> Tensor:
     """One query ``[B, 1, C]`` over ``[B, N, 2C]`` keys and values -> ``[B, 1, C]``."""
     k, v = kv.unflatten(-1, (2, num_heads, -1)).permute(2, 0, 3, 1, 4)
-    q = q.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+    return attend(q.unflatten(-1, (num_heads, -1)).transpose(1, 2), k, v, scale).transpose(1, 2).flatten(2)
+
+
+def pool_windows(x: Tensor, q_norm_weight: Tensor, q_norm_bias: Tensor, wq: Tensor, kv_norm_weight: Tensor,
+                 kv_norm_bias: Tensor, wkv: Tensor, wp: Tensor, bp: Tensor, *, num_heads: int, window: int,
+                 eps: float = 1e-5, scale: float | None = None, attend: Attend = _sdpa) -> Tensor:
+    """The released form of LSD, all windows at once: ``[frames, rows, cols, C]`` -> ``[windows of all frames, C]``."""
+    frames, dim, s = len(x), x.shape[-1], window
+    h, w = x.shape[1] // s, x.shape[2] // s
+    windows = x[:, : h * s, : w * s].reshape(frames, h, s, w, s, dim).transpose(2, 3).reshape(-1, s * s, dim)
+    mean = windows.mean(1, keepdim=True)
+    q = pointwise(F.layer_norm(mean, (dim,), q_norm_weight, q_norm_bias, eps), wq)
+    kv = pointwise(F.layer_norm(windows, (dim,), kv_norm_weight, kv_norm_bias, eps), wkv)
+    pooled = _attend(q, kv, num_heads, dim**-0.5 if scale is None else scale, attend)
+    return (mean + pointwise(pooled, wp, bp))[:, 0]
 
 
 def compiled(tower: STAB) -> Callable[[Tensor, Projection], Output]:
-    """VectorisedSTAB under torch.compile, ``modules`` included; the mask is read outside the graph."""
+    """VectorisedSTAB under torch.compile, ``modules`` included; the mask is read outside the graph.
+
+    On a GPU ``max-autotune``: products tuned, and the whole graph replayed as a CUDA graph.
+    """
     peer = VectorisedSTAB(tower)
-    encode = torch.compile(peer.encode, fullgraph=True)
+    mode = "max-autotune" if tower.split_embedding.is_cuda else None
+    encode = torch.compile(peer.encode, fullgraph=True, mode=mode)
 
     def call(pixel_values: Tensor, modules: Projection) -> Output:
         mask = pixel_values[:, :, 3].to(tower.patch_embedding.weight.dtype)

@@ -1,7 +1,7 @@
 """A training step of the whole tower: forward by batch statistics, and backward; no dropout, no optimizer."""
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 
 import torch
 from torch import Tensor, nn
@@ -11,24 +11,41 @@ from panda_kernels.nn import STAB
 from panda_kernels.spec import Draw, Tolerance, relative_error
 
 from . import tower
+from .half_products import peer_dtype, peer_name, yardstick
 from .measure import Errors
-from .tower import CASES, DIM, Contenders
+from .tower import CASES, DIM, Contenders, Run
 
 
 def contenders(dtype: torch.dtype, *, device: str) -> Contenders:
     """Ours and the reference with the same weights, each from pixels to all gradients in one vector."""
-    ours, reference = (_with_weights(cls(DIM, dropout=0.0), dtype, device) for cls in (STAB, python_ref.STAB))
-    return Contenders(_step(ours, lambda pixels: ours(pixels).tokens),
-                      {"reference": _step(reference, tower.packed(reference, tower.identity))})
+    ours = _with_weights(STAB(DIM, dropout=0.0), dtype, device)
+    peers = {peer_name("reference", dtype, device): _reference_step(peer_dtype(dtype, device), device)}
+    return Contenders(dtype, device, _step(ours, lambda pixels: ours(pixels).tokens), peers)
 
 
-def errors(contest: Contenders, dtype: torch.dtype, device: str) -> Errors:
+def errors(contest: Contenders) -> Errors:
     """Of the gradients of one clip, against the reference in float64."""
-    case = CASES["1 clip"]
-    exact = contenders(torch.float64, device="cpu").peers["reference"](case.pixel_values(torch.float64))
-    ours, reference = (relative_error(run(case.pixel_values(dtype).to(device)).cpu(), exact)
-                       for run in (contest.ours, contest.peers["reference"]))
-    return Errors(ours, reference, Tolerance().limit(reference, dtype, backward=True))
+    pixels = CASES["1 clip"].pixel_values(contest.dtype).to(contest.device)
+    ours = relative_error(contest.ours(pixels).cpu(), _exact())
+    reference = _reference_error(contest.dtype, contest.device)
+    return Errors(ours, reference, Tolerance().limit(reference, contest.dtype, backward=True))
+
+
+@functools.cache
+def _exact() -> Tensor:
+    return _reference_step(torch.float64, "cpu")(CASES["1 clip"].pixel_values(torch.float64))
+
+
+@functools.cache
+def _reference_error(dtype: torch.dtype, device: str) -> float:
+    with yardstick(dtype, device):
+        gradients = _reference_step(dtype, device)(CASES["1 clip"].pixel_values(dtype).to(device))
+    return relative_error(gradients.cpu(), _exact())
+
+
+def _reference_step(dtype: torch.dtype, device: str) -> Run:
+    reference = _with_weights(python_ref.STAB(DIM, dropout=0.0), dtype, device)
+    return _step(reference, tower.packed(reference, tower.identity))
 
 
 def _with_weights(module: nn.Module, dtype: torch.dtype, device: str) -> nn.Module:
@@ -40,7 +57,7 @@ def _with_weights(module: nn.Module, dtype: torch.dtype, device: str) -> nn.Modu
     return module.train()
 
 
-def _step(module: nn.Module, run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _step(module: nn.Module, run: Run) -> Run:
     def step(pixels: Tensor) -> Tensor:
         module.zero_grad(set_to_none=False)
         with torch.inference_mode(False), torch.enable_grad():

@@ -93,10 +93,10 @@ def test_what_is_wrong_or_fails_is_not_timed(monkeypatch: pytest.MonkeyPatch) ->
     assert found.line()[3] == "1; 1 inexact; 3 raised MemoryError"
 
 
-def test_all_candidates_and_the_heuristic_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_candidates_and_the_heuristic_take_turns() -> None:
     order: list[str] = []
-    monkeypatch.setattr(timer, "rounds_for", lambda calls, seconds, least: least)
-    samples = timer.interleaved({name: lambda name=name: order.append(name) for name in "abc"}, 1.0, least=4)
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    samples = timer.interleaved(calls, 0.0, timer.wall_clock, least=4)
     assert "".join(order) == "abccba" * 2 and [len(s) for s in samples.values()] == [4, 4, 4]
 
 

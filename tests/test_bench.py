@@ -1,20 +1,20 @@
-"""The benchmarks' own arithmetic, and that a wrong result is never timed. No speed is asserted."""
+"""The benchmarks' own arithmetic, and that a wrong result is never recorded. No speed is asserted."""
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from bench import machine, measure, plot, table, tower
+from bench import half_products, machine, measure, table, tower
+from bench.measure import OURS
 from panda_kernels.spec import Cost
 
 PEAKS = machine.Peaks(memory_gb_s=10.0, l3_gb_s=100.0, l3_bytes=1000, gflop_s={"float32": 200.0, "bfloat16": 800.0})
 LABELS = {"op": "op", "size": "size", "dtype": "float32", "backend": "torch"}
-FACTS = {"device": "a processor", "threads": 2, "isa": "avx2", "versions": {"torch": "2", "panda_kernels": "0"},
-         "load_before": 0.0, "commit": "0123456789", "dirty": True, "peaks": {
-             "memory_gb_s": 10.0, "l3_gb_s": 100.0, "l3_bytes": 1000, "gflop_s": {"float32": 200.0, "bfloat16": 800.0}}}
-GOOD = measure.Errors(1e-7, 1e-7, 2e-7)
+FACTS = {"device": "a processor", "device_type": "cpu", "threads": 2, "isa": "avx2", "torch": "2", "panda_kernels": "0",
+         "load_before": 0.0, "commit": "0123456789", "dirty": True, "date": "2026-01-02 03:04"}
+GOOD = measure.Errors(1e-7, 1.5e-7, 2e-7)
 
 
 @pytest.mark.parametrize(("projected", "operations"), [(False, 51e9), (True, 142e9)])
@@ -34,6 +34,30 @@ def test_widescreen_is_a_fitted_720p_frame():
     assert (col0, col1, row1 - row0, 14 * row0) == (0, 32, 2 * windows, 2 * ((16 - windows) // 2 * 14))
 
 
+def test_large_inputs_repeat_what_is_compared_with_float64(monkeypatch):
+    monkeypatch.setattr(tower, "PATCH", 1)
+    small = tower.Case(2).pixel_values(torch.float32)
+    assert not torch.equal(small[0], small[1])
+    large = tower.Case(5).pixel_values(torch.float32)
+    assert torch.equal(large, small[[0, 1, 0, 1, 0]])
+    eight = tower.Case(1, frames=8).pixel_values(torch.float32)
+    assert torch.equal(tower.Case(1, frames=12).pixel_values(torch.float32), torch.cat([eight, eight[:, :4]], 1))
+
+
+@pytest.mark.parametrize("case", [tower.Case(4), tower.Case(1, frames=16)])
+@pytest.mark.parametrize("wrong", [False, True])
+def test_every_clip_and_the_windows_of_a_long_one_are_compared(monkeypatch, case, wrong):
+    exact = torch.randn(case.distinct.clips * case.distinct.frames * 5, 3, dtype=torch.float64)
+    monkeypatch.setattr(tower, "exact_tokens", lambda *_: exact)
+    monkeypatch.setattr(tower, "_reference_error", lambda *_: 1e-7)
+    monkeypatch.setattr(tower.Case, "pixel_values", lambda *_: torch.zeros(1))
+    given = torch.cat([exact, exact]).float()
+    if wrong:
+        given[-1 if case.clips > 1 else 1] += 1
+    contest = tower.Contenders(torch.float32, "cpu", lambda _: given, {})
+    assert (tower.errors(case, contest, False).ours > 1e-3) == wrong
+
+
 def test_roofline_takes_the_slower_of_moving_and_computing():
     assert PEAKS.least_seconds(10_000, 0, "float32") == pytest.approx(1e-6)
     assert PEAKS.least_seconds(1000, 0, "float32") == pytest.approx(1e-8)
@@ -41,68 +65,97 @@ def test_roofline_takes_the_slower_of_moving_and_computing():
     assert PEAKS.least_seconds(10_000, 400_000, "bfloat16") == pytest.approx(1e-6)
 
 
-def test_wrong_result_is_not_timed():
-    bench = measure.Bench(None, FACTS, PEAKS, seconds=0.0)
+def test_peaks_come_back_from_their_rows():
+    assert machine.Peaks.of(PEAKS.rows(FACTS)) == PEAKS
+
+
+def test_wrong_result_is_not_recorded():
+    bench = measure.Bench(FACTS, PEAKS, seconds=0.0)
     calls = []
-    with pytest.raises(measure.WrongResult, match=r"op size float32 torch: relative error 3\.00e-07.*limit 2\.00e-07"):
-        bench.row(LABELS, lambda: calls.append(1), {}, measure.Errors(3e-7, 1e-7, 2e-7), Cost(1, 1))
-    with pytest.raises(measure.WrongResult):
-        bench.row(LABELS, lambda: calls.append(1), {}, measure.Errors(float("nan"), 1e-7, 2e-7), Cost(1, 1))
-    assert not calls
+    for error in (3e-7, float("nan")):
+        with pytest.raises(measure.WrongResult, match=r"op size float32 torch: relative error.*limit 2\.00e-07"):
+            bench.row(LABELS, lambda: calls.append(1), {"reference": lambda: pytest.fail("timed")},
+                      lambda error=error: measure.Errors(error, 1e-7, 2e-7), Cost(1, 1))
+    assert len(calls) == 2 and not bench.rows
 
 
-def test_row_interleaves_and_records(benchmark):
+def test_row_interleaves_and_records():
     order = []
     peers = {name: lambda name=name: order.append(name) for name in ("reference", "other")}
-    bench = measure.Bench(benchmark, FACTS, PEAKS, seconds=0.0)
-    bench.row(LABELS, lambda: order.append("ours"), peers, GOOD, Cost(bytes=8, flops=4))
-    assert order == ["reference", "other", "ours"] * (len(order) // 3) and len(order) >= 4 * 3
-    row = benchmark.extra_info
-    assert row["commit"] == FACTS["commit"] and row["device"] == FACTS["device"]
-    assert row["gb_s"] == pytest.approx(2 * row["gflop_s"])
-    for peer in row["peers"].values():
-        assert peer["min"] <= peer["median"] <= peer["max"]
-        assert peer["speedup"] == pytest.approx(peer["median"] / benchmark.stats.stats.median)
+    bench = measure.Bench(FACTS, PEAKS, seconds=0.0)
+    bench.row(LABELS, lambda: order.append(OURS), peers, lambda: order.append("check") or GOOD, Cost(bytes=8, flops=4),
+              overheads={OURS: 0.5}, scales={"other": (1e6, "a part")})
+    assert order[:2] == [OURS, "check"] and order[2:] == ["reference", "other", *["reference", "other", OURS] * 3]
+    rows = {row.contender: row for row in bench.rows}
+    assert list(rows) == [OURS, "reference", "other"]
+    assert all((row.commit, row.device, row.op, row.rounds) == ("0123456789", "a processor", "op", 3)
+               and row.min <= row.median <= row.max and row.first_call_seconds >= 0 for row in rows.values())
+    ours = rows[OURS]
+    assert ours.gb_s == pytest.approx(2 * ours.gflop_s) and ours.gb_s == pytest.approx(8e-9 / ours.median)
+    assert ours.fraction_of_peak == pytest.approx(PEAKS.least_seconds(8, 4, "float32") / ours.median)
+    assert (ours.error, ours.error_limit, ours.overhead_seconds) == (1e-7, 2e-7, 0.5)
+    assert (rows["reference"].error, rows["other"].error) == (1.5e-7, None)
+    assert rows["other"].note == "a part" and rows["other"].median > 1e3 * ours.median
 
 
-def row(dtype: str, spread: float) -> dict:
-    peer = {"median": 4e-3, "min": 4e-3, "max": 4e-3, "speedup": 2.0}
-    return {**FACTS, **LABELS, "dtype": dtype, "seconds": 2e-3, "spread": spread, "bytes": 8, "flops": 64,
-            "error": 1e-7, "reference_error": 2e-7, "gb_s": 1.0, "gflop_s": 8.0, "fraction_of_peak": 0.25,
-            "peers": {"reference": peer}}
+def test_summary_of_samples():
+    row = measure.summary([4.0, 1.0, 2.0, 3.0, 10.0], op="op", size="s", dtype="d", contender=OURS, metric="seconds")
+    assert (row.median, row.min, row.max, row.rounds) == (3.0, 1.0, 10.0, 5)
+    assert row.spread == pytest.approx((4.0 - 2.0) / 3.0)
+
+
+def test_rounds_fill_the_time_given():
+    clock = iter(range(10_000))
+
+    def timer(call):
+        call()
+        return float(next(clock) >= 0)  # each call takes a second
+
+    bench = measure.Bench(FACTS, PEAKS, seconds=8.0)
+    samples = bench._interleave({"a": lambda: None, "b": lambda: None}, 100.0, timer)
+    assert {name: len(seconds) for name, seconds in samples.items()} == {"a": 4, "b": 4}
+
+
+def rows(dtype: str, spread: float, peer: str = "reference"):
+    row = measure.summary([2e-3], **FACTS, **{**LABELS, "dtype": dtype}, contender=OURS, metric="seconds")
+    return [replace(row, spread=spread, fraction_of_peak=0.25, error=1e-7),
+            replace(row, contender=peer, median=4e-3, error=2e-7)]
 
 
 def test_table_shows_peers_peak_errors_and_disturbance():
-    text = list(table.render([row("float32", 0.01), row("bfloat16", 0.5)], FACTS))
-    steady = next(line for line in text if "float32" in line and "reference 4" in line)
-    assert "2    " in steady and "reference 4 (2.00x)" in steady and "25" in steady and "1.0e-07" in steady
-    assert "2 ~" in next(line for line in text if line.startswith("op") and "bfloat16" in line)
+    peaks = PEAKS.rows(FACTS)
+    text = list(table.render([*peaks, *rows("float32", 0.01), *rows("bfloat16", 0.5, "reference (float32)")]))
+    steady = next(line for line in text if "reference 4" in line)
+    assert "2    " in steady and "reference 4 (2.00x)" in steady and "25" in steady
+    assert steady.endswith("1.0e-07  2.0e-07")
+    disturbed = next(line for line in text if line.startswith("op") and "bfloat16" in line)
+    assert "2 ~" in disturbed and "reference (float32) 4 (2.00x)" in disturbed and disturbed.endswith("2.0e-07")
     assert any(line.startswith("~") for line in text) and "with changes" in text[1]
-    assert not any(line.startswith("~") for line in table.render([row("float32", 0.01)], FACTS))
+    assert not any(line.startswith("~") for line in table.render([*peaks, *rows("float32", 0.01)]))
 
 
 def test_memory_lines():
-    memory = {"op": "tower memory", "size": "8 frames", "dtype": "float32", "peak_bytes": 2**20,
-              "reference_peak_bytes": 3 * 2**20}
-    assert "1 MiB above the weights, reference 3 MiB (3.0 times)" in list(table.render([memory], FACTS))[-1]
+    bench = measure.Bench(FACTS, PEAKS, seconds=0.0, rows=PEAKS.rows(FACTS))
+    bench.value({**LABELS, "op": "tower memory"}, "peak_bytes", {OURS: 2**20, "reference": 3 * 2**20})
+    assert list(table.render(bench.rows))[-1].endswith("1 MiB above the weights, reference 3 MiB (3.0 times)")
 
 
-def test_plots_are_drawn_from_the_saved_file(tmp_path):
-    results = tmp_path / "results.json"
-    timed = [{"extra_info": row(dtype, 0.0), "stats": {"median": 2e-3}} for dtype in ("float32", "bfloat16")]
-    memory = {"extra_info": {"op": "tower memory"}, "stats": {"median": 1.0}}
-    results.write_text(json.dumps({"benchmarks": [*timed, memory]}))
-    assert len(plot.load(results)) == 2
-    assert plot.main([str(results), "-o", str(tmp_path / "plots")]) == 0
-    for name in ("speedup.png", "roofline.png"):
-        assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
-    timed[0]["extra_info"]["flops"] = 0
-    results.write_text(json.dumps({"benchmarks": timed[:1]}))
-    assert plot.main([str(results), "-o", str(tmp_path / "copies")]) == 0
-    assert [path.name for path in (tmp_path / "copies").iterdir()] == ["speedup.png"]
-    results.write_text(json.dumps({"benchmarks": [memory]}))
-    with pytest.raises(ValueError, match="expected rows that were timed"):
-        plot.load(results)
+def test_peers_of_a_cpu_without_half_products_run_in_float32_and_say_so(monkeypatch):
+    monkeypatch.setattr(half_products, "has_products", lambda dtype: dtype == torch.float32)
+    assert half_products.peer_name("reference", torch.bfloat16, "cpu") == "reference (float32)"
+    assert half_products.peer_name("reference", torch.float32, "cpu") == "reference"
+    assert half_products.peer_name("reference", torch.bfloat16, "cuda") == "reference"
+    contest = tower.Contenders(torch.bfloat16, "cpu", lambda x: x, {"peer": lambda x: x})
+    ours, peers = contest.calls(torch.ones(1))
+    assert (ours().dtype, peers["peer"]().dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_products_on_such_a_cpu_are_those_of_float32_rounded(monkeypatch):
+    monkeypatch.setattr(half_products, "has_products", lambda dtype: dtype == torch.float32)
+    a, b = (torch.randn(size).bfloat16() for size in ((8, 64), (64, 8)))
+    with half_products.yardstick(torch.bfloat16, "cpu"):
+        product = torch.nn.functional.linear(a, b.T)
+    assert product.dtype == torch.bfloat16 and torch.equal(product, (a.float() @ b.float()).bfloat16())
 
 
 def test_commit_of_a_folder_without_git_is_unknown_and_dirty(tmp_path, monkeypatch):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench import attention_peers
 from bench.peers import VectorisedSTAB
+from panda_kernels.ops import SPECS
 from python_ref import STAB
 
 FULL = [(0, 6, 0, 8)] * 8
@@ -55,3 +57,35 @@ def test_vectorised_peer_normalises_uint8_pixels() -> None:
         expected, _ = tower(pixels, torch.nn.Identity())
         actual, _ = VectorisedSTAB(tower)(pixels, torch.nn.Identity())
     torch.testing.assert_close(torch.cat(actual), torch.cat(expected))
+
+
+@pytest.mark.parametrize("sizes", [{"batch": 2, "tokens": 70, "channels": 64}, {"lengths": (9,) * 3, "channels": 24},
+                                   {"batch": 2, "tokens": 5, "channels": 40, "queries": 3, "per_sample": True}])
+def test_sdpa_peers_pool_as_the_op_does(sizes: dict[str, int]) -> None:
+    spec = SPECS["attention_pool"]
+    inputs = spec.inputs(sizes, torch.float64)
+    peers = {name: call for name, call in attention_peers.attention_pool(**inputs).items() if name.startswith("sdpa")}
+    assert {"sdpa math", "sdpa flash"} <= set(peers)
+    for call in peers.values():
+        torch.testing.assert_close(call(), spec.load_reference()(**inputs))
+
+
+@pytest.mark.parametrize("size", ["image", "window3", "one_head"])
+def test_sdpa_peers_pool_windows_as_the_op_does(size: str) -> None:
+    spec = SPECS["window_attention_pool"]
+    inputs = spec.inputs(spec.test_sizes[size], torch.float64)
+    if size != "image":  # these have frames of several rectangles, which the peers cannot serve at once
+        assert not attention_peers.window_attention_pool(**inputs)
+        inputs["corners"][:] = inputs["corners"][0]
+        row0, row1, col0, col1 = inputs["corners"][0].tolist()
+        window = inputs["window"]
+        inputs["num_windows"] = len(inputs["x"]) * ((row1 - row0) // window) * ((col1 - col0) // window)
+    peers = attention_peers.window_attention_pool(**inputs)
+    assert {"sdpa math", "sdpa flash"} <= set(peers)
+    for call in peers.values():
+        torch.testing.assert_close(call(), spec.load_reference()(**inputs))
+
+
+def test_unequal_samples_have_no_sdpa_peer() -> None:
+    spec = SPECS["attention_pool"]
+    assert not attention_peers.attention_pool(**spec.inputs({"lengths": (3, 4), "channels": 8}, torch.float32))

@@ -84,10 +84,11 @@ def tune(session: Session, point: Point, heuristic: Any, found: Sequence[Case]) 
     calls = {str(i): partial(_run, session, point, config, found)
              for i, config in enumerate([result.heuristic, *candidates])}
     if candidates:
-        seconds = timer.interleaved(calls, SECONDS)
+        clock = timer.clock_of(torch.device(point.device).type)
+        seconds = timer.interleaved(calls, SECONDS, clock)
         fastest = min(list(calls)[1:], key=lambda name: statistics.median(seconds[name]))
         # Again: of many candidates the luckiest would always be ahead.
-        duel = timer.interleaved({"heuristic": calls["0"], "candidate": calls[fastest]}, SECONDS, DUEL)
+        duel = timer.interleaved({"heuristic": calls["0"], "candidate": calls[fastest]}, SECONDS, clock, DUEL)
         if gain := gained(duel["heuristic"], duel["candidate"]):
             result.best, result.gain = candidates[int(fastest) - 1], gain
     if result.best is not None:
