@@ -85,7 +85,8 @@ def test_row_interleaves_and_records():
     bench = measure.Bench(FACTS, PEAKS, seconds=0.0)
     bench.row(LABELS, lambda: order.append(OURS), peers, lambda: order.append("check") or GOOD, Cost(bytes=8, flops=4),
               overheads={OURS: 0.5}, scales={"other": (1e6, "a part")})
-    assert order[:2] == [OURS, "check"] and order[2:] == ["reference", "other", *["reference", "other", OURS] * 3]
+    turn = ["reference", "other", OURS]
+    assert order[:2] == [OURS, "check"] and order[2:] == ["reference", "other", *turn, *reversed(turn), *turn]
     rows = {row.contender: row for row in bench.rows}
     assert list(rows) == [OURS, "reference", "other"]
     assert all((row.commit, row.device, row.op, row.rounds) == ("0123456789", "a processor", "op", 3)
