@@ -15,7 +15,7 @@ from torch import Tensor
 from panda_kernels import backends, cli
 from panda_kernels.ops import SPECS
 from panda_kernels.spec import Tolerance
-from panda_kernels.tuning import Space, autotune, choose, lookup, store, timer
+from panda_kernels.tuning import Space, autotune, choose, identity, lookup, store, timer
 from panda_kernels.tuning.cases import Case
 from panda_kernels.tuning.store import Entry
 from panda_kernels.verify import arguments
@@ -49,6 +49,7 @@ class Op:
                  result: Callable[[Config], float] = lambda config: 1.0) -> None:
         self.seconds, self.result, self.clock = seconds, result, 0.0
         monkeypatch.setattr(timer.time, "perf_counter", lambda: self.clock)
+        monkeypatch.setattr(identity, "device_of", lambda backend, device: {"name": "whatever"})
 
     def call(self) -> list[Tensor]:
         config = choose(SPACE, Config(), HERE, C=8)
@@ -125,7 +126,7 @@ def test_the_compiler_prunes(monkeypatch: pytest.MonkeyPatch) -> None:
         for config in kernel.STENCIL.candidates(session.seen[point]):
             session.wanted[point] = config
             case = Case("", call, lambda: [], torch.float32, Tolerance(), False)
-            reasons[config.rows, config.block_w] = autotune._over_limits(point, [case])
+            reasons[config.rows, config.block_w] = autotune._over_limits(point, config, [case])
     expected = {(rows, w): "spill registers" if rows == 8 else "exceed shared memory" if w == 32 else ""
                 for rows in (2, 4, 8) for w in (8, 16, 32)}
     assert reasons == expected

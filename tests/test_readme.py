@@ -27,7 +27,7 @@ def test_example_runs(block: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_commands_are_understood() -> None:
     commands = re.findall(r"^    panda-kernels (.*)$", README, re.MULTILINE)
     parsed = [build_parser().parse_args(shlex.split(command, comments=True)).command for command in commands]
-    assert sorted(parsed) == ["encode", "info", "verify"]
+    assert sorted(parsed) == ["autotune", "encode", "info", "verify"]
 
 
 def test_make_targets_exist() -> None:

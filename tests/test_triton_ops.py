@@ -5,6 +5,7 @@ What the op's schema adds around a backend is tested with the others; here its `
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from panda_kernels.ops import SPECS
 from panda_kernels.spec import Inputs
+from panda_kernels.tuning import lookup
 
 pytest.importorskip("triton")
 if not torch.cuda.is_available():
@@ -132,6 +134,20 @@ def test_close_to_float64(op: str, case: str, dtype: torch.dtype, buffers: Buffe
 def test_close_to_float64_in_float16(op: str, case: str, buffers: Buffers) -> None:
     inputs = buffers.inputs(inputs_of(op, case, torch.float16))
     assert_as_close_as_torch(SPECS[op], run(op, inputs), inputs, torch.float16)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="not every device has the shared memory for the largest tiles")
+@pytest.mark.parametrize("end", [min, max])
+@pytest.mark.parametrize(("op", "case"), LAST)
+def test_close_to_float64_at_the_ends_of_what_can_be_tuned(op: str, case: str, end: Any) -> None:
+    inputs = inputs_of(op, case, torch.float32)
+    with lookup.observed() as session:
+        run(op, inputs)
+        for point, heuristic in session.seen.items():
+            values = {name: end(values) for name, values in point.space.values.items()}
+            session.wanted[point] = replace(heuristic, **values)
+        result = run(op, inputs)
+    assert_as_close_as_torch(SPECS[op], result, inputs, torch.float32)
 
 
 @pytest.mark.parametrize(("layout", "grad_layout"), LAYOUTS)

@@ -116,7 +116,7 @@ def _sound(session: Session, point: Point, found: Sequence[Case], result: Result
     for config in point.space.candidates(result.heuristic):
         session.wanted[point] = config
         try:
-            if point.space.backend == "triton" and (why := _over_limits(point, found)):
+            if point.space.backend == "triton" and (why := _over_limits(point, config, found)):
                 result.dropped[why] += 1
                 continue
             errors = [case.errors(e) for case, e in zip(found, exact, strict=True)]
@@ -132,8 +132,9 @@ def _sound(session: Session, point: Point, found: Sequence[Case], result: Result
             result.dropped["inexact"] += 1
 
 
-def _over_limits(point: Point, found: Sequence[Case]) -> str:
-    """What the compiler makes of the point's kernel in the config wanted, if it spills or needs too much memory."""
+def _over_limits(point: Point, config: Any, found: Sequence[Case]) -> str:
+    """What the compiler makes of the point's kernel in a config that calls want, if it spills or needs too much memory.
+    """
     from ..triton import resources
     from ..triton._launch import recorded
 
@@ -141,7 +142,8 @@ def _over_limits(point: Point, found: Sequence[Case]) -> str:
     with recorded() as launches:
         found[0].call()
     for launch in launches:
-        if target and point.space.name == f"triton.{launch.name}":
+        ours = point.space.name == f"triton.{launch.name}"  # and at this point, not at another of the kernel's
+        if target and ours and point.space.fields(launch.config) == point.space.fields(config):
             row = resources.compile_for(launch, target)
             if row.spills and target in resources.NO_SPILLS:
                 return "spill registers"
