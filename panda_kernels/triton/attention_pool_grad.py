@@ -150,18 +150,25 @@ def gradients(x, queries, grad, cu_seqlens, moments, scores, state, grad_x, part
         tl.store(out, fold(sums - offset, H), mask=(out_head < n) & (out_c < C))
 
 
-def gradient_tiles(dtype: torch.dtype) -> tuple[Tile, Tile]:
-    """Of :func:`score_pieces` and :func:`gradients`. Wide products want 64 rows, sums without tensor cores fewer."""
+def gradient_tiles(dtype: torch.dtype, H: int) -> tuple[Tile, Tile]:
+    """Of :func:`score_pieces` and :func:`gradients`. Wide products want 64 rows, sums without tensor cores fewer.
+
+    More than eight queries would spill: they get fewer channels at a time, and more threads.
+    """
+    few = H == 8
+    threads = 128 if few else 256
     if dtype == torch.float32:
-        return Tile(block_l=32, block_c=64, num_stages=3), Tile(block_l=32, block_c=64)
-    return Tile(block_l=64, block_c=128, threads=256, num_stages=3), Tile(block_l=64, block_c=64)
+        return Tile(block_l=32, block_c=64 if few else 32, num_stages=3), Tile(block_l=32, block_c=64, threads=threads)
+    return (Tile(block_l=64, block_c=128 if few else 64, threads=256, num_stages=3),
+            Tile(block_l=64, block_c=64, threads=threads))
 
 
 def pool_gradients(grad: Tensor, x: Tensor, queries: Tensor, cu_seqlens: Tensor | None, eps: float,
                    needs: list[bool]) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of ``x`` and ``queries``, as far as needed, from contiguous tensors; ``grad`` is ``[S, n, C]``."""
-    sizes, constants, (score, config) = sizes_of(x, cu_seqlens), constants_of(x, queries), gradient_tiles(x.dtype)
+    sizes, constants = sizes_of(x, cu_seqlens), constants_of(x, queries)
     n, C, H = constants["n"], constants["C"], constants["H"]
+    score, config = gradient_tiles(x.dtype, H)
     slots, pieces = (num_slots(x, cu_seqlens, length) for length in (score.block_l, LENGTH))
 
     def workspace(*shape: int) -> Tensor:
