@@ -2,9 +2,10 @@
 PYTHON ?= python3.11
 VENV := .venv
 PY := $(VENV)/bin/python
+TRITON36 := $(VENV)/triton36
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
 
-.PHONY: setup demo test lint format bench figures plots clean
+.PHONY: setup demo test test-triton36 lint format bench figures plots clean
 
 setup: $(VENV)/extension.stamp
 
@@ -23,6 +24,17 @@ demo: setup
 
 test: setup lint
 	$(PY) -m pytest
+
+# All but Triton comes from $(VENV).
+$(TRITON36)/packages.stamp: $(VENV)/packages.stamp requirements/triton36.txt
+	$(PYTHON) -m venv $(TRITON36)
+	$(TRITON36)/bin/python -m pip install -q --no-deps -r requirements/triton36.txt
+	$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		$$($(TRITON36)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
+	touch $@
+
+test-triton36: setup $(TRITON36)/packages.stamp
+	$(TRITON36)/bin/python -m pytest $(wildcard tests/test_triton_*.py) tests/test_kernel_resources.py
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -43,7 +43,9 @@ class OpSpec:
 
     ``schema`` is its torch signature without the name and without the trailing ``str backend``; every gradient has
     the shape of its input. ``example`` builds the arguments of a call, by name, from the sizes of one entry of
-    ``test_sizes`` or ``bench_sizes``. ``cost`` takes the same arguments.
+    ``test_sizes``, ``bench_sizes`` or ``compile_sizes``. ``cost`` takes the same arguments. ``compile_sizes`` are what
+    docs/kernel_resources.md covers beside the benchmarks: the other released widths, and calls that select other
+    kernels. Only shapes that kernels are compiled for matter there, so that they are small.
     """
 
     name: str
@@ -54,6 +56,7 @@ class OpSpec:
     cost: Callable[..., Cost]
     test_sizes: Mapping[str, Mapping[str, Any]]
     bench_sizes: Mapping[str, Mapping[str, Any]]
+    compile_sizes: Mapping[str, Mapping[str, Any]]
     tolerance: Tolerance = field(default_factory=Tolerance)
 
     def load_reference(self) -> Callable[..., torch.Tensor]:

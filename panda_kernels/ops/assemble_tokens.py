@@ -47,6 +47,11 @@ SPEC = OpSpec(
         "clip": {"corners": (_FULL,) * 4, "channels": 1024},
         "clips4": {"corners": (_FULL,) * 16, "channels": 1024},
     },
+    compile_sizes={
+        "dim1152": {"corners": ((0, 4, 0, 4),), "channels": 1152},
+        "dim1408": {"corners": ((0, 4, 0, 4),), "channels": 1408},
+        "window3": {"corners": ((0, 6, 0, 6),), "channels": 1024, "window": 3},
+    },
 )
 
 

@@ -58,6 +58,12 @@ SPEC = OpSpec(
         "clip_720p": {"lengths": (144,) * 8, "channels": 1024},
         "image": {"lengths": (256,), "channels": 1024},
     },
+    compile_sizes={
+        "dim1152": {"batch": 1, "tokens": 16, "channels": 1152},
+        "dim1152_frames": {"lengths": (16,), "channels": 1152},
+        "dim1408": {"batch": 1, "tokens": 16, "channels": 1408, "queries": 11},
+        "dim1408_frames": {"lengths": (16,), "channels": 1408},
+    },
 )
 
 

@@ -37,6 +37,7 @@ SPEC = OpSpec(
         "clip": {"shape": (1, 4, 32, 32, 1024)},
         "clips4": {"shape": (4, 4, 32, 32, 1024)},
     },
+    compile_sizes={"dim1152": {"shape": (16, 1152)}, "dim1408": {"shape": (16, 1408)}},
 )
 
 

@@ -38,6 +38,7 @@ SPEC = OpSpec(
         "wide": {"shape": (1, 2, 4, 9, 24), "kernel": (1, 3, 5)},
     },
     bench_sizes={"clips2": {"shape": (2, 4, 32, 32, 1024)}, "image": {"shape": (1, 1, 32, 32, 1024)}},
+    compile_sizes={"dim1152": {"shape": (1, 4, 4, 4, 1152)}, "dim1408": {"shape": (1, 4, 4, 4, 1408)}},
 )
 
 

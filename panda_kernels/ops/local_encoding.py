@@ -56,6 +56,10 @@ SPEC = OpSpec(
         "clips4": {"shape": (4, 4, 32, 32, 1024)},
         "dim1408": {"shape": (1, 4, 32, 32, 1408)},
     },
+    compile_sizes={
+        "dim1152": {"shape": (1, 4, 4, 4, 1152)},
+        **{f"frames{frames}": {"shape": (1, frames, 4, 4, 1024)} for frames in (1, 2, 3, 5)},
+    },
 )
 
 

@@ -53,6 +53,10 @@ SPEC = OpSpec(
         "clip": {"shape": (1, 4, 448, 448), "channels": 1024},
         "clips4": {"shape": (4, 4, 448, 448), "channels": 1024},
     },
+    compile_sizes={
+        "missing": {"shape": (1, 2, 28, 448), "channels": 64, "missing": 1},
+        "missing_uint8": {"shape": (1, 2, 28, 448), "channels": 64, "planes": 3, "uint8": True, "missing": 1},
+    },
 )
 
 

@@ -41,6 +41,7 @@ SPEC = OpSpec(
         "clip": {"shape": (1092, 1024), "hidden": 4096},
         "clips4": {"shape": (4368, 1024), "hidden": 4096},
     },
+    compile_sizes={"dim1152": {"shape": (16, 1152), "hidden": 4096}, "dim1408": {"shape": (16, 1408), "hidden": 4096}},
 )
 
 

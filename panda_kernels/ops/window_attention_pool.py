@@ -69,6 +69,11 @@ SPEC = OpSpec(
         "clip": {"grid": (32, 32), "corners": (_FULL,) * 4, "channels": 1024},
         "clips4": {"grid": (32, 32), "corners": (_FULL,) * 16, "channels": 1024},
     },
+    compile_sizes={
+        "dim1152": {"grid": (2, 2), "corners": ((0, 2, 0, 2),), "channels": 1152},
+        "dim1408": {"grid": (2, 2), "corners": ((0, 2, 0, 2),), "channels": 1408},
+        "window3": {"grid": (3, 3), "corners": ((0, 3, 0, 3),), "channels": 1024, "window": 3},
+    },
 )
 
 

@@ -155,11 +155,17 @@ def gradients(x, queries, grad, cu_seqlens, moments, scores, state, grad_x, part
         tl.store(out, fold(sums - offset, H), mask=(out_head < n) & (out_c < C))
 
 
-def gradient_tiles(dtype: torch.dtype) -> tuple[Tile, Tile]:
-    """Of :func:`score_pieces` and :func:`gradients`. Wide products want 64 rows, sums without tensor cores fewer."""
+def gradient_tiles(dtype: torch.dtype, H: int) -> tuple[Tile, Tile]:
+    """Of :func:`score_pieces` and :func:`gradients`. Wide products want 64 rows, sums without tensor cores fewer.
+
+    More than eight queries would spill: they get fewer channels at a time, and more threads.
+    """
+    few = H == 8
+    threads = 128 if few else 256
     if dtype == torch.float32:
-        return Tile(block_l=32, block_c=64, num_stages=3), Tile(block_l=32, block_c=64)
-    return Tile(block_l=64, block_c=128, threads=256, num_stages=3), Tile(block_l=64, block_c=64)
+        return Tile(block_l=32, block_c=64 if few else 32, num_stages=3), Tile(block_l=32, block_c=64, threads=threads)
+    return (Tile(block_l=64, block_c=128 if few else 64, threads=256, num_stages=3),
+            Tile(block_l=64, block_c=64, threads=threads))
 
 
 def pool_gradients(grad: Tensor, x: Tensor, queries: Tensor, cu_seqlens: Tensor | None, eps: float,
@@ -168,7 +174,7 @@ def pool_gradients(grad: Tensor, x: Tensor, queries: Tensor, cu_seqlens: Tensor 
     sizes, constants = sizes_of(x, cu_seqlens), constants_of(x, queries)
     n, C, H = constants["n"], constants["C"], constants["H"]
     score, config = (choose(space, tile, x, n=n, C=C)
-                     for space, tile in zip((SCORE_PIECES, GRADIENTS), gradient_tiles(x.dtype), strict=True))
+                     for space, tile in zip((SCORE_PIECES, GRADIENTS), gradient_tiles(x.dtype, H), strict=True))
     slots, pieces = (num_slots(x, cu_seqlens, length) for length in (score.block_l, LENGTH))
 
     def workspace(*shape: int) -> Tensor:

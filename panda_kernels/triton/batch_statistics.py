@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tuning import Space, choose
 from ._launch import Config, launch
 
 SHARES = 32
@@ -23,6 +24,16 @@ SHARES = 32
 class Strip(Config):
     rows: int
     block_c: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns(Config):
+    block_c: int
+
+
+STRIPS: dict[str, tuple[int, ...]] = {"rows": (16, 32, 64), "block_c": (32, 64, 128), "threads": (64, 128, 256)}
+SHARE_MOMENTS = Space("triton.batch_statistics.share_moments", **STRIPS)
+MAP_ROWS = Space("triton.batch_statistics.map_rows", **STRIPS)
 
 
 @triton.jit
@@ -58,7 +69,7 @@ def share_moments(x, moments, tokens, length, C: tl.constexpr, ROWS: tl.constexp
 
 
 @triton.jit(do_not_specialize=["tokens", "length", "shares"])
-def merge_shares(moments, result, tokens, length, shares, C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+def merge_shares(moments, result, tokens, length, shares, C: tl.constexpr, BLOCK_C: tl.constexpr):
     """``result[2, C]``: mean and biased variance of all tokens."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     count = 0.0
@@ -94,14 +105,15 @@ def strip(x: Tensor) -> Strip:
 def statistics(x: Tensor) -> Tensor:
     """Mean over biased variance, float32 ``[2, C]``, of contiguous tokens ``[tokens, C]``."""
     tokens, channels = x.shape
-    config = strip(x)
+    config = choose(SHARE_MOMENTS, strip(x), x, C=channels)
     length = triton.cdiv(triton.cdiv(tokens, SHARES), config.rows) * config.rows
     shares = triton.cdiv(tokens, length)
     moments = torch.empty(shares, 2, channels, dtype=torch.float32, device=x.device)
     result = torch.empty(2, channels, dtype=torch.float32, device=x.device)
-    strips = triton.cdiv(channels, config.block_c)
-    launch(share_moments, shares * strips, config, x=x, moments=moments, tokens=tokens, length=length, C=channels)
-    launch(merge_shares, strips, config, moments=moments, result=result, tokens=tokens, length=length, shares=shares,
+    launch(share_moments, shares * triton.cdiv(channels, config.block_c), config, x=x, moments=moments, tokens=tokens,
+           length=length, C=channels)
+    columns = Columns(block_c=128)
+    launch(merge_shares, triton.cdiv(channels, columns.block_c), columns, moments=moments, result=result, tokens=tokens, length=length, shares=shares,
            C=channels)
     return result
 
@@ -109,7 +121,7 @@ def statistics(x: Tensor) -> Tensor:
 def affine(x: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
     """``x * slope + offset`` in the dtype of ``x [tokens, C]``, float32 ``[C]`` each."""
     tokens, channels = x.shape
-    config, y = strip(x), torch.empty_like(x)
+    config, y = choose(MAP_ROWS, strip(x), x, C=channels), torch.empty_like(x)
     programs = triton.cdiv(tokens, config.rows) * triton.cdiv(channels, config.block_c)
     launch(map_rows, programs, config, x=x, slope=slope, offset=offset, y=y, tokens=tokens, C=channels)
     return y

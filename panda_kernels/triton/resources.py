@@ -1,27 +1,32 @@
 """What compilers make of the kernels, on targets this machine need not have.
 
-    python -m panda_kernels.triton.resources FILE
+    python -m panda_kernels.triton.resources FILE [--sample]
 
-Runs every op that has a Triton backend, forward and backward, on meta tensors of the sizes it is benchmarked at, and
-compiles each different launch for each target. FILE becomes a table; a broken limit is an error.
+Runs every op that has a Triton backend, forward and backward, on meta tensors of the sizes that its specification
+names for benchmarks and for this table, and compiles each different launch for each target, of a sample for one of
+them. FILE becomes a table; a broken limit is an error.
 """
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, fields
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import getsource
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..spec import Draw
 from ._launch import Launch, recorded
 
 PROCESSES = 2
@@ -46,6 +51,7 @@ TARGETS = {
     "gfx942": Target("hip", "gfx942", 64, 64 << 10, r"v_mfma"),
 }
 NO_SPILLS = ("sm_80", "sm_90", "sm_100")
+SOURCES = "Fingerprint of the kernels:"
 
 
 @dataclass(frozen=True)
@@ -80,23 +86,46 @@ class Row:
         return [f"{' '.join(self.key()[:-1])}: {reason}" for reason in reasons]
 
 
-def launches() -> Iterator[Launch]:
-    """Every different launch of every op at its benchmark sizes, in float32 and bfloat16."""
+class _Shapes(Draw):
+    """Tensors without numbers."""
+
+    def __call__(self, *shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device="meta")
+
+
+def cases() -> Iterator[tuple[Launch, tuple[str, ...]]]:
+    """Every different launch of every op, and the targets it is compiled for.
+
+    At the sizes of the benchmarks, in float32 and bfloat16, these are all; in float16, and at the further sizes a
+    specification names for this table, those where nothing may spill.
+    """
     from ..ops import SPECS
 
     seen = set()
     for op, spec in SPECS.items():
-        name = f"panda_kernels.backends.triton.{op}"
-        for sizes in spec.bench_sizes.values() if find_spec(name) else ():
-            for dtype in (torch.float32, torch.bfloat16):
-                inputs = [v.to("meta") if isinstance(v, Tensor) else v for v in spec.inputs(sizes, dtype).values()]
-                needs = [v.dtype.is_floating_point for v in inputs if isinstance(v, Tensor)]
-                with recorded() as found:
-                    import_module(name).bwd(import_module(name).fwd(*inputs), *inputs, needs=needs)
-                for launch in found:
-                    if (case := (launch.kernel, *_describe(launch))) not in seen:
-                        seen.add(case)
-                        yield launch
+        if not find_spec(f"panda_kernels.backends.triton.{op}"):
+            continue
+        first, *others = spec.bench_sizes.values()
+        runs = [(sizes, dtype, tuple(TARGETS)) for sizes in (first, *others) for dtype in (torch.float32, torch.bfloat16)]
+        runs += [(sizes, dtype, NO_SPILLS) for sizes in spec.compile_sizes.values()
+                 for dtype in (torch.float32, torch.bfloat16)]
+        for sizes, dtype, targets in [*runs, (first, torch.float16, NO_SPILLS)]:
+            for launch in _launches_of(op, sizes, dtype):
+                if (case := (launch.kernel, *_describe(launch))) not in seen:
+                    seen.add(case)
+                    yield launch, targets
+
+
+def _launches_of(op: str, sizes: Mapping[str, Any], dtype: torch.dtype) -> list[Launch]:
+    from ..ops import SPECS
+
+    module = import_module(f"panda_kernels.backends.triton.{op}")
+    inputs = [value.to("meta") if isinstance(value, Tensor) else value
+              for value in SPECS[op].example(_Shapes(0, dtype), **sizes).values()]
+    needs = [value.dtype.is_floating_point for value in inputs if isinstance(value, Tensor)]
+    with recorded() as found:
+        module.bwd(module.fwd(*inputs), *inputs, needs=needs)
+    return found
 
 
 def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], list[str]]:
@@ -116,10 +145,11 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], list[str
 
 
 def _describe(launch: Launch) -> tuple[str, str]:
-    """The dtype, and the constants of a launch: a flag by its name, what is off or absent not at all."""
+    """The dtype, and the constants of a launch: a flag by its name, not at all where it is off."""
     types, constants, _ = _signature(launch)
-    shown = [k if v is True else f"{k}={v}" for k, v in constants.items() if v is not False and v is not None]
-    return next(t[1:] for t in types.values() if t[0] == "*"), " ".join([*shown, f"threads={launch.config.threads}"])
+    shown = [k if v is True else f"{k}={v}" for k, v in constants.items() if v is not False]
+    options = f"threads={launch.config.threads}", f"stages={launch.config.num_stages}"
+    return next(t[1:] for t in types.values() if t[0] == "*"), " ".join([*shown, *options])
 
 
 def compile_for(launch: Launch, name: str) -> Row:
@@ -159,8 +189,8 @@ def _nvidia(compiled: Any) -> tuple[int, int, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, listing = (subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True)
-                          .stdout for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c")))
+        usage, listing = (subprocess.run([tools / tool, *options.split(), file.name], capture_output=True, text=True, check=True)
+                          .stdout for tool, options in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c -ndf")))
     code = re.sub(r"^\s*(?:/\*\w+\*/)?\s*(?:@!?U?P\w+\s+)?", "", listing, flags=re.M)
     registers = re.search(r"\bREG:(\d+)", usage)
     assert registers, usage
@@ -174,9 +204,11 @@ def _amd(compiled: Any) -> tuple[int, int, str]:
     return int(counts["vgpr_count"]), spills, re.sub(r"^\s+", "", listing, flags=re.M)
 
 
-def rows() -> list[Row]:
+def rows(*, sample: bool) -> list[Row]:
+    """Of every launch on every target of its, or of a ``sample`` of them: each launch on one, in turn."""
     # Forked: a launch holds a kernel, which does not travel in any other way.
-    jobs = [(launch, target) for launch in launches() for target in TARGETS]
+    jobs = [(launch, target) for i, (launch, targets) in enumerate(cases())
+            for target in (targets[i % len(targets):][:1] if sample else targets)]
     with multiprocessing.get_context("fork").Pool(PROCESSES, _work_on, (jobs,)) as pool:
         return pool.map(_job, range(len(jobs)), chunksize=1)
 
@@ -192,13 +224,24 @@ def _job(i: int) -> Row:
     return compile_for(*_jobs[i])
 
 
-def render(table: list[Row], version: str) -> str:
+def fingerprint() -> str:
+    """Of the source of everything that is compiled."""
+    import triton
+
+    modules = [import_module(f"{__package__}.{module.name}") for module in iter_modules([str(Path(__file__).parent)])]
+    sources = {getsource(value.fn) for module in modules for value in vars(module).values()
+               if isinstance(value, triton.JITFunction)}
+    return hashlib.sha256("".join(sorted(sources)).encode()).hexdigest()[:16]
+
+
+def render(table: list[Row], version: str, sources: str) -> str:
     """The table as a page; :func:`parse` reads it back."""
     lines = ["# What the compilers make of the Triton kernels", "",
              f"Written by `python -m panda_kernels.triton.resources docs/kernel_resources.md`, with Triton {version}.",
              "Registers a thread, spilling instructions, bytes of shared memory, loads, those of 16 bytes, and the",
-             "instruction of a product. `tests/test_kernel_resources.py` holds each row to its limits, and compares",
-             "which rows there are and their product's instruction; numbers move between versions of Triton.", "",
+             "instruction of a product. `tests/test_kernel_resources.py` holds each row to its limits, and compiles each",
+             "launch anew for one of its targets; numbers move between versions of Triton.", "",
+             f"{SOURCES} {sources}", "",
              "| " + " | ".join(f.name.replace("_", " ") for f in fields(Row)) + " |", "|" + "---|" * len(fields(Row))]
     return "\n".join([*lines, *("| " + " | ".join(map(str, astuple(row))) + " |" for row in table), ""])
 
@@ -210,17 +253,17 @@ def parse(page: str) -> list[Row]:
     return [Row(*(of(cell) for of, cell in zip(types, line, strict=True))) for line in cells]
 
 
-def main(file: str) -> int:
+def main(file: str, *, sample: bool = False) -> int:
     import triton
 
     if triton.knobs.runtime.interpret:
         sys.exit("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
-    table = rows()
-    Path(file).write_text(render(table, triton.__version__))
+    table = rows(sample=sample)
+    Path(file).write_text(render(table, triton.__version__, fingerprint()))
     broken = [reason for row in table for reason in row.violations()]
     print("\n".join(broken) or f"{len(table)} rows within their limits")
     return bool(broken)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1], sample="--sample" in sys.argv))

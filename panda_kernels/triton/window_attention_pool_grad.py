@@ -121,23 +121,24 @@ def attend_gradient(x, places, norms, q, grad_heads, norm_weight, norm_bias, wkv
 @triton.jit(do_not_specialize=["W", "num_tiles", "share", "eps"])
 def mean_gradient(grad, grad_input, mean, norm_weight, saved, grad_mean, token_means, partial, W, num_tiles, share, eps,
                   C: tl.constexpr, H: tl.constexpr, S: tl.constexpr, HEADS: tl.constexpr,
-                  ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+                  SUMS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
     """Gradient of each window's mean, from the residual and the query's norm, and that norm's affine gradients.
 
     Also sums over heads, ``token_means[2, S, W]``: the means over channels that the tokens' norm needs.
     """
     segment = tl.program_id(0)
     c = tl.arange(0, BLOCK_C)[None, :] + tl.zeros([ROWS, 1], tl.int32)
-    head = tl.arange(0, HEADS)[None, :]
+    k = tl.arange(0, SUMS)[None, :]
+    head = tl.arange(0, HEADS)[None, None, :]
     weight = tl.load(norm_weight + c, mask=c < C, other=0.0).to(tl.float32)
     by_xhat = tl.zeros([ROWS, BLOCK_C], tl.float32)
     total = tl.zeros([ROWS, BLOCK_C], tl.float32)
     for tile in range(segment * share, tl.minimum((segment + 1) * share, num_tiles)):
         window = tile * ROWS + tl.arange(0, ROWS)[:, None]
-        for k in tl.static_range(2 * S):
-            parts = saved + ((2 + k // S) * H + head).to(tl.int64) * S * W + k % S * W + window
-            values = tl.load(parts, mask=(head < H) & (window < W), other=0.0)
-            tl.store(token_means + k * W + window, tl.sum(values, axis=1, keep_dims=True) / C, mask=window < W)
+        known = (k < 2 * S) & (window < W)
+        parts = saved + ((2 + k // S)[:, :, None] * H + head).to(tl.int64) * S * W + (k % S * W + window)[:, :, None]
+        values = tl.load(parts, mask=(head < H) & known[:, :, None], other=0.0)
+        tl.store(token_means + k * W + window, tl.sum(values, axis=2) / C, mask=known)
         inside = (window < W) & (c < C)
         here = window.to(tl.int64) * C + c
         values = tl.load(mean + here, mask=inside, other=0.0).to(tl.float32)
@@ -259,10 +260,10 @@ class Means(NamedTuple):
 
 
 def token_tile(dtype: torch.dtype, D: int, S: int) -> Tile:
-    """As many channels as leave room for a sum a token of the window."""
+    """As many channels as leave room for a sum a token of the window: nine of them spill at 32 on sm_80."""
     if dtype == torch.float32:
         return Tile(block_w=32, block_c=32, block_d=16)
-    return Tile(block_w=64, block_c=32, block_d=min(head_block(D, dtype), 64), threads=256)
+    return Tile(block_w=64, block_c=32 if S <= 4 else 16, block_d=min(head_block(D, dtype), 64), threads=256)
 
 
 def product_tile(dtype: torch.dtype, D: int) -> Tile:
@@ -296,7 +297,8 @@ def mean_gradients(grad: Tensor, grad_input: Tensor, found: Windows, norm_weight
     partial = torch.empty(segments, 2, C, dtype=torch.float32, device=grad.device)
     launch(mean_gradient, segments, config, grad=grad, grad_input=grad_input, mean=found.mean, norm_weight=norm_weight,
            saved=seen.saved, grad_mean=grad_mean, token_means=token_means, partial=partial, W=W, num_tiles=num_tiles,
-           share=share, eps=eps, C=C, H=H, S=S, HEADS=triton.next_power_of_2(H))
+           share=share, eps=eps, C=C, H=H, S=S, HEADS=triton.next_power_of_2(H),
+           SUMS=triton.next_power_of_2(2 * S))
     return Means(grad_mean, token_means, *partial.sum(0))
 
 
