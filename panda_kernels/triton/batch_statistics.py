@@ -113,8 +113,8 @@ def statistics(x: Tensor) -> Tensor:
     launch(share_moments, shares * triton.cdiv(channels, config.block_c), config, x=x, moments=moments, tokens=tokens,
            length=length, C=channels)
     columns = Columns(block_c=128)
-    launch(merge_shares, triton.cdiv(channels, columns.block_c), columns, moments=moments, result=result, tokens=tokens, length=length, shares=shares,
-           C=channels)
+    launch(merge_shares, triton.cdiv(channels, columns.block_c), columns, moments=moments, result=result,
+           tokens=tokens, length=length, shares=shares, C=channels)
     return result
 
 
