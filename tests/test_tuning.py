@@ -226,7 +226,7 @@ def test_every_space_is_named_by_its_kernel_and_small_enough_to_time() -> None:
         assert count <= 64, space.name
 
 
-def test_every_launch_but_of_what_is_written_in_few_bytes_has_a_space() -> None:
+def test_every_kernel_has_a_space() -> None:
     kernels = {space.name.removeprefix("triton.") for _, space in spaces() if space.backend == "triton"}
     resources = import_module("panda_kernels.triton.resources")
     table = resources.parse((PACKAGE.parent / "docs" / "kernel_resources.md").read_text())

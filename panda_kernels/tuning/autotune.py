@@ -31,7 +31,7 @@ LEAST_GAIN = 0.02
 
 @dataclass
 class Result:
-    """What was tried at a point; ``entry`` if something was better than the heuristic's ``kept``."""
+    """What was tried at a point; ``best`` is None where nothing beat the heuristic."""
 
     point: Point
     heuristic: Any
@@ -41,6 +41,7 @@ class Result:
     gain: float = 0.0
 
     def entry(self) -> Entry:
+        """What to save or, by its key, to take out."""
         space, device, dtype, shape = self.point
         return Entry(kernel=space.name, device=identity.device_of(space.backend, device),
                      versions=identity.versions(space.backend), content=identity.content(space.name), dtype=dtype,
