@@ -106,10 +106,9 @@ def cases() -> Iterator[tuple[Launch, tuple[str, ...]]]:
         if not find_spec(f"panda_kernels.backends.triton.{op}"):
             continue
         first, *others = spec.bench_sizes.values()
-        runs = [(sizes, dtype, tuple(TARGETS)) for sizes in (first, *others)
-                for dtype in (torch.float32, torch.bfloat16)]
-        runs += [(sizes, dtype, NO_SPILLS) for sizes in spec.compile_sizes.values()
-                 for dtype in (torch.float32, torch.bfloat16)]
+        both = torch.float32, torch.bfloat16
+        runs = [(sizes, dtype, tuple(TARGETS)) for sizes in (first, *others) for dtype in both]
+        runs += [(sizes, dtype, NO_SPILLS) for sizes in spec.compile_sizes.values() for dtype in both]
         for sizes, dtype, targets in [*runs, (first, torch.float16, NO_SPILLS)]:
             for launch in _launches_of(op, sizes, dtype):
                 if (case := (launch.kernel, *_describe(launch))) not in seen:
@@ -190,9 +189,9 @@ def _nvidia(compiled: Any) -> tuple[int, int, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, listing = (
-            subprocess.run([tools / tool, *options, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, *options in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c", "-ndf")))
+        usage, listing = (subprocess.run([tools / tool, *options, file.name], capture_output=True, text=True,
+                                         check=True).stdout
+                          for tool, *options in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c", "-ndf")))
     code = re.sub(r"^\s*(?:/\*\w+\*/)?\s*(?:@!?U?P\w+\s+)?", "", listing, flags=re.M)
     registers = re.search(r"\bREG:(\d+)", usage)
     assert registers, usage

@@ -263,7 +263,8 @@ def token_tile(dtype: torch.dtype, D: int, S: int) -> Tile:
     """As many channels as leave room for a sum a token of the window: nine of them spill at 32 on sm_80."""
     if dtype == torch.float32:
         return Tile(block_w=32, block_c=32, block_d=16)
-    return Tile(block_w=64, block_c=32 if S <= 4 else 16, block_d=min(head_block(D, dtype), 64), threads=256)
+    block_d = min(head_block(D, dtype), 64 if D <= 128 else 32)
+    return Tile(block_w=64, block_c=32 if S <= 4 else 16, block_d=block_d, threads=256)
 
 
 def product_tile(dtype: torch.dtype, D: int) -> Tile:
