@@ -33,7 +33,7 @@ class Columns(Config):
 
 STRIPS: dict[str, tuple[int, ...]] = {"rows": (16, 32, 64), "block_c": (32, 64, 128), "threads": (64, 128, 256)}
 SHARE_MOMENTS = Space("triton.batch_statistics.share_moments", **STRIPS)
-MERGE_SHARES = Space("triton.batch_statistics.merge_shares", block_c=(128, 256, 512))
+MERGE_SHARES = Space("triton.batch_statistics.merge_shares", block_c=(256, 512))
 MAP_ROWS = Space("triton.batch_statistics.map_rows", **STRIPS)
 
 
@@ -113,7 +113,7 @@ def statistics(x: Tensor) -> Tensor:
     result = torch.empty(2, channels, dtype=torch.float32, device=x.device)
     launch(share_moments, shares * triton.cdiv(channels, config.block_c), config, x=x, moments=moments, tokens=tokens,
            length=length, C=channels)
-    columns = choose(MERGE_SHARES, Columns(block_c=128, threads=32), moments, C=channels)
+    columns = choose(MERGE_SHARES, Columns(block_c=256, threads=64), moments, C=channels)
     launch(merge_shares, triton.cdiv(channels, columns.block_c), columns, moments=moments, result=result,
            tokens=tokens, length=length, shares=shares, C=channels)
     return result
