@@ -245,7 +245,9 @@ def combined(values: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, si
 def pool(x: Tensor, queries: Tensor, cu_seqlens: Tensor | None, eps: float) -> Tensor:
     """``[S, n, C]`` from contiguous ``x``, ``[S, N, C]`` or packed ``[total, C]``, and ``queries``."""
     sizes, (n, C) = sizes_of(x, cu_seqlens), queries.shape[-2:]
-    config = choose(POOL_PIECES, Tile(block_l=32, block_c=128, threads=256, num_stages=4), x, n=n, C=C)
+    # Triton 3.6 spills wider float32 tokens in more than two stages.
+    stages = 2 if x.dtype == torch.float32 and C > 1024 else 4
+    config = choose(POOL_PIECES, Tile(block_l=32, block_c=128, threads=256, num_stages=stages), x, n=n, C=C)
     slots = num_slots(x, cu_seqlens, config.block_l)
     values = torch.empty(slots, n, C, dtype=torch.float32, device=x.device)
     state = torch.empty(slots, 2, n, dtype=torch.float32, device=x.device)
