@@ -236,10 +236,16 @@ def combined(values: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, si
     return out
 
 
+def pool_tile(dtype: torch.dtype, n: int) -> Tile:
+    """Of :func:`pool_pieces`. In exact float32 a fourth stage makes ptxas spill for sm_90, with up to eight queries."""
+    return Tile(block_l=32, block_c=128, threads=256, num_stages=3 if dtype == torch.float32 and n <= 8 else 4)
+
+
 def pool(x: Tensor, queries: Tensor, cu_seqlens: Tensor | None, eps: float) -> Tensor:
     """``[S, n, C]`` from contiguous ``x``, ``[S, N, C]`` or packed ``[total, C]``, and ``queries``."""
-    config, sizes = Tile(block_l=32, block_c=128, threads=256, num_stages=4), sizes_of(x, cu_seqlens)
-    slots, (n, C) = num_slots(x, cu_seqlens, config.block_l), queries.shape[-2:]
+    (n, C), sizes = queries.shape[-2:], sizes_of(x, cu_seqlens)
+    config = pool_tile(x.dtype, n)
+    slots = num_slots(x, cu_seqlens, config.block_l)
     values = torch.empty(slots, n, C, dtype=torch.float32, device=x.device)
     state = torch.empty(slots, 2, n, dtype=torch.float32, device=x.device)
     launch(pool_pieces, slots, config, x=x, queries=queries, cu_seqlens=cu_seqlens, values=values, state=state, eps=eps,
