@@ -45,7 +45,11 @@ MORE_SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "window_attention_pool": {"many_frames": {"grid": (2, 3), "corners": ((0, 2, 0, 3),) * 65 + ((0, 2, 1, 3),),
                                               "channels": 34, "num_heads": 1},
                               "two_heads": {"grid": (3, 35), "corners": ((0, 2, 1, 35),), "channels": 66,
-                                            "num_heads": 2}},
+                                            "num_heads": 2},
+                              "head_of_144": {"grid": (2, 5), "corners": ((0, 2, 0, 5),), "channels": 144,
+                                              "num_heads": 1},
+                              "head_of_178": {"grid": (2, 5), "corners": ((0, 2, 1, 5),), "channels": 178,
+                                              "num_heads": 1}},
 }
 CASES = [(op, case) for op in PORTED for case in (*SPECS[op].test_sizes, *MORE_SIZES.get(op, {}))]
 LAST = [(op, list(SPECS[op].test_sizes)[-1]) for op in PORTED]
@@ -130,7 +134,7 @@ def test_close_to_float64(op: str, case: str, dtype: torch.dtype, buffers: Buffe
     assert_as_close_as_torch(SPECS[op], (y, grads), inputs, dtype)
 
 
-@pytest.mark.parametrize(("op", "case"), LAST)
+@pytest.mark.parametrize(("op", "case"), [(op, case) for op in PORTED for case in SPECS[op].test_sizes])
 def test_close_to_float64_in_float16(op: str, case: str, buffers: Buffers) -> None:
     inputs = buffers.inputs(inputs_of(op, case, torch.float16))
     assert_as_close_as_torch(SPECS[op], run(op, inputs), inputs, torch.float16)
