@@ -141,14 +141,13 @@ def test_close_to_float64_in_float16(op: str, case: str, buffers: Buffers) -> No
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="not every device has the shared memory for the largest tiles")
-@pytest.mark.parametrize("end", [min, max])
 @pytest.mark.parametrize(("op", "case"), LAST)
-def test_close_to_float64_at_the_ends_of_what_can_be_tuned(op: str, case: str, end: Any) -> None:
+def test_close_to_float64_at_the_largest_that_can_be_tuned(op: str, case: str) -> None:
     inputs = inputs_of(op, case, torch.float32)
     with lookup.observed() as session:
         run(op, inputs)
         for point, heuristic in session.seen.items():
-            values = {name: end(values) for name, values in point.space.values.items()}
+            values = {name: max(values) for name, values in point.space.values.items()}
             session.wanted[point] = replace(heuristic, **values)
         result = run(op, inputs)
     assert_as_close_as_torch(SPECS[op], result, inputs, torch.float32)
