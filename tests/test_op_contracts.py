@@ -182,7 +182,7 @@ FAULTS: list[tuple[str, str, str, Change, type[Exception], str]] = [
     ("patch_embed", "stab", "weight", INTEGER, TypeError, "weight: expected a floating dtype, got torch.int32"),
     ("patch_embed", "missing", "present", LONGER, ValueError, r"present: expected shape \[2, 2\], got \[3, 2\]"),
     ("patch_embed", "missing", "present", INTEGER, TypeError, "present: expected torch.bool, got torch.int32"),
-    ("batch_statistics", "grid", "x", lambda t: t[0, 0, 0, 0, 0], ValueError, r"x: expected shape \[..., C\], got a scal"),
+    ("batch_statistics", "grid", "x", lambda t: t[0, 0, 0, 0, 0], ValueError, r"x: expected shape .*, got a scalar"),
     ("batch_statistics", "grid", "x", NONE_LEFT, ValueError, "x: expected at least one element"),
     ("batch_statistics", "grid", "x", INTEGER, TypeError, "x: expected a floating dtype, got torch.int32"),
     ("depthwise_conv3d", "stab", "x", INTEGER, TypeError, "x: expected a floating dtype, got torch.int32"),
