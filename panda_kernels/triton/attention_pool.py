@@ -242,15 +242,15 @@ def combined(values: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, si
     return out
 
 
-def pool_tile(dtype: torch.dtype, C: int) -> Tile:
-    """Of :func:`pool_pieces`. Triton 3.6 spills wider tokens of exact float32 for sm_90 in more than two stages."""
-    return Tile(block_l=32, block_c=128, threads=256, num_stages=2 if dtype == torch.float32 and C > 1024 else 4)
+def pool_tile(dtype: torch.dtype) -> Tile:
+    """Of :func:`pool_pieces`. Triton 3.6 spills exact float32 for sm_90 in more than two stages."""
+    return Tile(block_l=32, block_c=128, threads=256, num_stages=2 if dtype == torch.float32 else 4)
 
 
 def pool(x: Tensor, queries: Tensor, cu_seqlens: Tensor | None, eps: float) -> Tensor:
     """``[S, n, C]`` from contiguous ``x``, ``[S, N, C]`` or packed ``[total, C]``, and ``queries``."""
     (n, C), sizes = queries.shape[-2:], sizes_of(x, cu_seqlens)
-    config = choose(POOL_PIECES, pool_tile(x.dtype, C), x, n=n, C=C)
+    config = choose(POOL_PIECES, pool_tile(x.dtype), x, n=n, C=C)
     slots = num_slots(x, cu_seqlens, config.block_l)
     values = torch.empty(slots, n, C, dtype=torch.float32, device=x.device)
     state = torch.empty(slots, 2, n, dtype=torch.float32, device=x.device)

@@ -41,7 +41,7 @@ class Tile(Config):
 
 def tile(dtype: torch.dtype, T: int) -> Tile:
     precise = dtype == torch.float32
-    stages = 4 if not precise else 3 if T > 1 else 2  # of one frame alone, ptxas spills for sm_80 at three
+    stages = 4 if not precise else 3 if T > 3 else 2  # of fewer frames, three spill for sm_80
     return Tile(frames=min(T, 4), halo=int(T > 4), positions=64, block_n=32 if precise else 64,
                 block_k=16 if precise else 32, threads=128 if precise else 256, num_stages=stages)
 

@@ -53,13 +53,13 @@ def head_block(D: int, dtype: torch.dtype) -> int:
 def attend_tile(dtype: torch.dtype, D: int) -> Tile:
     """Chunks of 32 channels, as the sums over a head fill the registers; 64 spill on sm_80.
 
-    Of heads wider than 160 (C = 1408 with eight) so do 32, and three products of 64 columns where two of 128 do not.
+    Of heads wider than 128 (C = 1152 and 1408 with eight) so do 32, in one Triton or the other, and three
+    products of 64 columns where two of 128 do not.
     """
     if dtype == torch.float32:  # without tensor cores, operands of a product lie in registers too
         return Tile(block_w=32, block_c=32, block_d=head_block(D, dtype), threads=256)
-    if D > 160:
-        return Tile(block_w=64, block_c=16, block_d=128, threads=256)
-    return Tile(block_w=64, block_c=32, block_d=head_block(D, dtype), threads=256)
+    return Tile(block_w=64, block_c=32 if D <= 128 else 16,
+                block_d=head_block(D, dtype) if D <= 160 else 128, threads=256)
 
 
 ROWS: dict[str, tuple[int, ...]] = {"rows": (1, 2, 4, 8), "threads": (128, 256)}

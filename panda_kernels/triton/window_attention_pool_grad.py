@@ -8,6 +8,7 @@ of scalars a head.
 """
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -276,7 +277,10 @@ def product_tile(dtype: torch.dtype, D: int) -> Tile:
 def attention_gradients(x: Tensor, found: Windows, q: Tensor, grad_heads: Tensor, norm_weight: Tensor,
                         norm_bias: Tensor, wkv: Tensor, num_heads: int, window: int, scale: float) -> Attention:
     W, C = q.shape
-    config = choose(ATTEND_GRADIENT, attend_tile(x.dtype, C // num_heads), x, C=C, heads=num_heads, window=window)
+    default = attend_tile(x.dtype, C // num_heads)
+    if x.dtype != torch.float32 and window > 2:  # nine tokens' products spill at 32 channels with Triton 3.6
+        default = replace(default, block_c=16)
+    config = choose(ATTEND_GRADIENT, default, x, C=C, heads=num_heads, window=window)
     made = Attention(torch.empty_like(q), torch.empty_like(q),
                      torch.empty(4, num_heads, window**2, W, dtype=torch.float32, device=x.device))
     launch(attend_gradient, triton.cdiv(W, config.block_w) * num_heads, config, x=x, places=found.places,
