@@ -1,9 +1,10 @@
-"""Builds the CPU extension, ``panda_kernels/_cpu.so``: the core, one object a SIMD tier, behind a stable-ABI binding.
+"""Builds the extensions: ``panda_kernels/_cpu.so``, the core, one object a SIMD tier, and ``panda_kernels/_cuda.so``,
+the CUDA kernels for every architecture they run on, each behind a stable-ABI binding.
 
-It links the torch that is already installed, whose headers are enough and whose version does not matter from 2.11 on.
-Where there is no compiler or no torch to build against, the package installs without it and
-``panda_kernels/_build.json`` keeps the reason for ``panda-kernels info``. PANDA_KERNELS_BUILD=require turns that into
-an error, PANDA_KERNELS_BUILD=0 skips the extension.
+They link the torch that is already installed, whose headers are enough and whose version does not matter from 2.11 on;
+it need not be one for CUDA. Where there is no compiler, no nvcc or no torch to build against, the package installs
+without them and ``panda_kernels/_build.json`` keeps the reasons for ``panda-kernels info``. PANDA_KERNELS_BUILD=require
+turns that into an error for the CPU, PANDA_KERNELS_CUDA=require for CUDA; with 0 they are left out.
 """
 from __future__ import annotations
 
@@ -26,8 +27,14 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-BINDING = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
 GIB_A_JOB = 1.0
+CUDA_TARGETS = ("80", "90a", "100a", "120")
+LIBRARIES = ("_cpu.so", "_cuda.so")
+
+
+def binding(torch: Path) -> list[str]:
+    return ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY", f"-I{torch / 'include'}",
+            f"-I{torch / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"]
 
 
 def load_sources() -> ModuleType:
@@ -51,7 +58,7 @@ def torch_folder() -> Path:
 
 def digest() -> str:
     """Of all that is compiled: settings that were tuned for other sources are not taken for these."""
-    files = sorted(file for file in (ROOT / "csrc").rglob("*") if file.suffix in (".cpp", ".h", ".inc", ".py"))
+    files = sorted(file for file in (ROOT / "csrc").rglob("*") if file.suffix in (".cpp", ".cu", ".h", ".inc", ".py"))
     return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()[:16]
 
 
@@ -67,66 +74,112 @@ def job_count() -> int:
     return max(1, min(os.cpu_count() or 1, int(memory / GIB_A_JOB)))
 
 
+def run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def nvcc() -> str:
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    candidates = [*(Path(home, "bin", "nvcc") for home in homes), shutil.which("nvcc"), Path("/usr/local/cuda/bin/nvcc")]
+    for found in candidates:
+        if found and Path(found).exists():
+            return str(found)
+    raise RuntimeError("no nvcc in CUDA_HOME, in PATH or in /usr/local/cuda")
+
+
 class BuildExtension(build_ext):
     def get_ext_filename(self, name: str) -> str:
         return os.path.join(*name.split(".")) + ".so"  # no Python ABI in it
 
+    def run(self) -> None:
+        super().run()
+        target = Path(self.get_ext_fullpath("panda_kernels._build"))
+        target.with_name("_build.json").write_text(json.dumps(self.build_info, indent=1) + "\n")
+        if self.inplace:
+            self.copy_extensions_to_source()
+
+    def build_extensions(self) -> None:
+        self.build_info: dict[str, str] = {}
+        super().build_extensions()
+
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
+        kind, switch, compile_it = {
+            "_cpu.so": ("", "PANDA_KERNELS_BUILD", self.compile),
+            "_cuda.so": ("cuda_", "PANDA_KERNELS_CUDA", self.compile_cuda),
+        }[target.name]
         wanted = os.environ.get("PANDA_KERNELS_BUILD", "auto")
-        info: dict[str, object] = {"error": "left out by PANDA_KERNELS_BUILD=0"}
+        if kind and wanted != "0":
+            wanted = os.environ.get("PANDA_KERNELS_CUDA", "auto")
+        info = {"error": f"left out by {switch}=0"}
         if wanted != "0":
             try:
-                info = self.compile(target)
+                info = compile_it(target)
             except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-                if wanted == "require":
-                    raise
                 output = getattr(error, "stderr", None) or error
+                if wanted == "require":
+                    raise RuntimeError(output) from error
                 info = {"error": f"not built: {output}".strip()[-2000:]}
-                print(f"panda_kernels: the cpu extension was {info['error']}", file=sys.stderr)
+                print(f"panda_kernels: {target.name} was {info['error']}", file=sys.stderr)
         if "error" in info:
             target.unlink(missing_ok=True)  # never one of an earlier build
-        (target.parent / "_build.json").write_text(json.dumps(info, indent=1) + "\n")
+        self.build_info |= {f"{kind}{name}": value for name, value in info.items()}
 
     def copy_extensions_to_source(self) -> None:
-        """Where the package is used in place: the extension, if there is one, and what is known of its build."""
+        """Where the package is used in place: the extensions that there are, and what is known of their build."""
         built, package = Path(self.build_lib) / "panda_kernels", ROOT / "panda_kernels"
-        for name in ("_cpu.so", "_build.json"):
+        for name in (*LIBRARIES, "_build.json"):
             (package / name).unlink(missing_ok=True)
             if (built / name).exists():
                 shutil.copyfile(built / name, package / name)
 
     def get_outputs(self) -> list[str]:
-        return [str(Path(self.build_lib) / "panda_kernels" / name) for name in ("_cpu.so", "_build.json")]
+        return [str(Path(self.build_lib) / "panda_kernels" / name) for name in (*LIBRARIES, "_build.json")]
 
     def get_output_mapping(self) -> dict[str, str]:
         package = ROOT / "panda_kernels"
         return {output: str(package / Path(output).name) for output in self.get_outputs()}
 
-    def compile(self, target: Path) -> dict[str, object]:
-        torch = torch_folder()
-        compiler = shlex.split(os.environ.get("CXX", "g++"))
-        sources, temp = load_sources(), Path(self.build_temp)
+    def objects(self, jobs: list[tuple[str, list[str]]]) -> list[str]:
+        """Runs the commands, each given a name, that lack only ``-o`` and the object, and tells the objects."""
+        temp = Path(self.build_temp)
         temp.mkdir(parents=True, exist_ok=True)
-        includes = [f"-I{torch / 'include'}", f"-I{torch / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"]
-        jobs = [*sources.jobs(ROOT / "csrc" / "core"),
-                sources.Job(ROOT / "csrc" / "bindings.cpp", "bindings", [*BINDING, *includes])]
 
-        def run(*command: str) -> None:
-            subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
-
-        def compile_one(job: tuple[Path, str, list[str]]) -> str:
-            source, name, flags = job
+        def compile_one(job: tuple[str, list[str]]) -> str:
+            name, command = job
             built = str(temp / f"{name}.o")
-            run(*compiler, *sources.COMMON, f"-I{ROOT / 'csrc'}", *flags, "-c", str(source), "-o", built)
+            run(*command, "-o", built)
             return built
 
         with ThreadPoolExecutor(job_count()) as pool:
-            objects = list(pool.map(compile_one, jobs))
+            return list(pool.map(compile_one, jobs))
+
+    def compile(self, target: Path) -> dict[str, str]:
+        sources, compiler, torch = load_sources(), shlex.split(os.environ.get("CXX", "g++")), torch_folder()
+        common = [*compiler, *sources.COMMON, f"-I{ROOT / 'csrc'}"]
+        jobs = [(name, [*common, *flags, "-c", str(source)])
+                for source, name, flags in sources.jobs(ROOT / "csrc" / "core")]
+        jobs.append(("bindings", [*common, *binding(torch), "-c", str(ROOT / "csrc" / "bindings.cpp")]))
+        objects = self.objects(jobs)
         run(*compiler, "-shared", "-s", "-o", str(target), *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10")
-        version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, text=True).stdout
-        return {"compiler": version.splitlines()[0], "torch_headers": version_of(torch), "sources": digest()}
+        return {"compiler": run(*compiler, "--version").splitlines()[0], "torch_headers": version_of(torch),
+                "sources": digest()}
+
+    def compile_cuda(self, target: Path) -> dict[str, str]:
+        sources, compiler, torch = load_sources(), shlex.split(os.environ.get("CXX", "g++")), torch_folder()
+        device = [nvcc(), "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden",
+                  *(f"-gencode=arch=compute_{name},code=sm_{name}" for name in CUDA_TARGETS)]
+        jobs = [(f"cuda_{source.stem}", [*device, "-c", str(source)])
+                for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
+        jobs.append(("cuda_bindings", [*compiler, *sources.COMMON, f"-I{ROOT / 'csrc'}", *binding(torch), "-c",
+                                       str(ROOT / "csrc" / "cuda_bindings.cpp")]))
+        objects = self.objects(jobs)
+        # nvcc knows where its runtime is, which is linked in, so that the target needs a driver alone.
+        run(nvcc(), "-shared", "-cudart", "static", "-Xcompiler", "-s", "-o", str(target), *objects,
+            f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10")
+        return {"compiler": run(nvcc(), "--version").splitlines()[-1],
+                "targets": " ".join(f"sm_{name}" for name in CUDA_TARGETS)}
 
 
 class Wheel(bdist_wheel):
@@ -135,6 +188,6 @@ class Wheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension("panda_kernels._cpu", sources=[], optional=True)],
+    ext_modules=[Extension(f"panda_kernels.{Path(name).stem}", sources=[], optional=True) for name in LIBRARIES],
     cmdclass={"build_ext": BuildExtension, "bdist_wheel": Wheel},
 )

@@ -56,9 +56,22 @@ struct Block {
   std::unique_ptr<char[]> shared;
 };
 
+constexpr size_t STACK = 256 * 1024;
+inline std::vector<std::unique_ptr<char[]>> free_stacks;
+
+struct Stack {
+  std::unique_ptr<char[]> memory;
+  Stack() {
+    if (free_stacks.empty()) free_stacks.emplace_back(new char[STACK]);
+    memory = std::move(free_stacks.back());
+    free_stacks.pop_back();
+  }
+  ~Stack() { free_stacks.push_back(std::move(memory)); }
+};
+
 struct Thread {
   ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  Stack stack;
   Block* block;
   dim3 index;
   bool finished = false;
@@ -78,7 +91,6 @@ struct Machine {
 
 inline Machine* machine = nullptr;
 inline bool backwards = false;
-constexpr size_t STACK = 256 * 1024;
 
 inline void yield() { swapcontext(&machine->current->context, &machine->scheduler); }
 
@@ -109,11 +121,10 @@ inline void make_block(dim3 index, unsigned count, size_t shared_bytes) {
   std::memset(block->shared.get(), 0xff, shared_bytes);
   for (unsigned i = 0; i < count; ++i) {
     auto thread = std::make_unique<Thread>();
-    thread->stack.reset(new char[STACK]);
     thread->block = block.get();
     thread->index = {i};
     getcontext(&thread->context);
-    thread->context.uc_stack.ss_sp = thread->stack.get();
+    thread->context.uc_stack.ss_sp = thread->stack.memory.get();
     thread->context.uc_stack.ss_size = STACK;
     thread->context.uc_link = nullptr;
     makecontext(&thread->context, enter, 0);

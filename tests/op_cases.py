@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,10 +18,12 @@ from panda_kernels.spec import Inputs, OpSpec, relative_error
 OPS = sorted(SPECS)
 USABLE = [name for name, error in backends.status().items() if error is None]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-ON_CPU = [name for name in USABLE if name != "triton"]
-HOMES = [pytest.param(name, "cuda" if name == "triton" else "cpu", id=name,
-                      marks=[pytest.mark.gpu] if name == "triton" else []) for name in USABLE]
+ON_GPU = [name for name in USABLE if name in ("cuda", "triton")]
+ON_CPU = [name for name in USABLE if name not in ON_GPU]
+HOMES = [pytest.param(name, "cuda" if name in ON_GPU else "cpu", id=name,
+                      marks=[pytest.mark.gpu] if name in ON_GPU else []) for name in USABLE]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+GUARD = 64  # elements: keeps a buffer's alignment
 
 
 def first_case(op: str) -> str:
@@ -117,3 +120,42 @@ def assert_as_close_as_torch(spec: OpSpec, result: tuple[Tensor, dict[str, Tenso
         coarser = max(dtype, ours.dtype, key=lambda d: torch.finfo(d).eps)
         limit = spec.tolerance.limit(torch_error, coarser, backward=backward)
         assert error <= limit, f"{spec.name} {what}: error {error:.2e}, torch's own {torch_error:.2e}"
+
+
+class Buffers:
+    """Memory that starts as NaN, in the middle of larger pieces that do too and that no kernel may touch."""
+
+    def __init__(self) -> None:
+        self.wholes: list[Tensor] = []
+
+    def like(self, t: Tensor) -> Tensor:
+        poison = torch.nan if is_float(t) else True if t.dtype == torch.bool else torch.iinfo(t.dtype).max
+        self.wholes.append(torch.full((t.numel() + 2 * GUARD,), poison, dtype=t.dtype, device=t.device))
+        return self.wholes[-1][GUARD:-GUARD].view(t.shape)
+
+    def inputs(self, inputs: Inputs) -> Inputs:
+        return {name: self.like(value).copy_(value) if isinstance(value, Tensor) else value
+                for name, value in inputs.items()}
+
+    def edges(self) -> Iterator[Tensor]:
+        for whole in self.wholes:
+            yield from (whole[:GUARD], whole[-GUARD:])
+
+    def take_over(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """From now on whatever a backend allocates or copies lies in such memory."""
+        def allocate(original: Any, *args: Any, **kwargs: Any) -> Tensor:
+            t = original(*args, **kwargs)
+            return self.like(t) if t.numel() else t
+
+        for name in ("empty", "empty_like"):
+            monkeypatch.setattr(torch, name, partial(allocate, getattr(torch, name)))
+        copy = Tensor.contiguous
+        monkeypatch.setattr(Tensor, "contiguous", lambda t: self.like(t).copy_(copy(t)))
+
+    def check_edges(self) -> None:
+        assert all(edge.isnan().all() if is_float(edge) else (edge == edge[0]).all() for edge in self.edges())
+
+    def check(self, addresses: Any) -> None:
+        for edge in self.edges():
+            begin, end = edge.data_ptr(), edge.data_ptr() + GUARD * edge.element_size()
+            assert not ((addresses >= begin) & (addresses < end)).any(), "a load from beside a buffer"

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import OPS, assert_as_close_as_torch, cotangent, is_float, make, result_dtype
+from op_cases import GUARD, OPS, Buffers, assert_as_close_as_torch, cotangent, is_float, make, result_dtype
 from test_ops import LAYOUTS, SEVERAL, Layout, sample
 from torch import Tensor
 
@@ -53,7 +53,6 @@ MORE_SIZES: dict[str, dict[str, dict[str, Any]]] = {
 }
 CASES = [(op, case) for op in PORTED for case in (*SPECS[op].test_sizes, *MORE_SIZES.get(op, {}))]
 LAST = [(op, list(SPECS[op].test_sizes)[-1]) for op in PORTED]
-GUARD = 64  # elements: keeps a buffer's alignment
 
 
 def inputs_of(op: str, case: str, dtype: torch.dtype) -> Inputs:
@@ -63,44 +62,11 @@ def inputs_of(op: str, case: str, dtype: torch.dtype) -> Inputs:
     return {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
-class Buffers:
-    """Memory that starts as NaN, in the middle of larger pieces that do too and that no kernel may touch."""
-
-    def __init__(self) -> None:
-        self.wholes: list[Tensor] = []
-
-    def like(self, t: Tensor) -> Tensor:
-        poison = torch.nan if is_float(t) else True if t.dtype == torch.bool else torch.iinfo(t.dtype).max
-        self.wholes.append(torch.full((t.numel() + 2 * GUARD,), poison, dtype=t.dtype, device=t.device))
-        return self.wholes[-1][GUARD:-GUARD].view(t.shape)
-
-    def inputs(self, inputs: Inputs) -> Inputs:
-        return {name: self.like(value).copy_(value) if isinstance(value, Tensor) else value
-                for name, value in inputs.items()}
-
-    def edges(self) -> Iterator[Tensor]:
-        for whole in self.wholes:
-            yield from (whole[:GUARD], whole[-GUARD:])
-
-    def check(self, addresses: Any) -> None:
-        for edge in self.edges():
-            begin, end = edge.data_ptr(), edge.data_ptr() + GUARD * edge.element_size()
-            assert not ((addresses >= begin) & (addresses < end)).any(), "a load from beside a buffer"
-
-
 @pytest.fixture(autouse=True)
 def buffers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Buffers]:
     """Whatever a backend allocates or copies lies in such memory; the interpreter also tells what is only read."""
     buffers = Buffers()
-
-    def allocate(original: Any, *args: Any, **kwargs: Any) -> Tensor:
-        t = original(*args, **kwargs)
-        return buffers.like(t) if t.numel() else t
-
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, partial(allocate, getattr(torch, name)))
-    copy = Tensor.contiguous
-    monkeypatch.setattr(Tensor, "contiguous", lambda t: buffers.like(t).copy_(copy(t)))
+    buffers.take_over(monkeypatch)
     if DEVICE == "cpu":
         load = InterpreterBuilder.create_masked_load
 
@@ -110,7 +76,7 @@ def buffers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Buffers]:
 
         monkeypatch.setattr(InterpreterBuilder, "create_masked_load", checked_load)
     yield buffers
-    assert all(edge.isnan().all() if is_float(edge) else (edge == edge[0]).all() for edge in buffers.edges())
+    buffers.check_edges()
 
 
 def run(op: str, inputs: Inputs, grad: Tensor | None = None, only: str | None = None) -> tuple[Tensor, dict[str, Any]]:

@@ -9,6 +9,8 @@
 // Gradient: 9 sums a channel, of one offset in time, and the nine tokens around in registers, three of them new a row.
 #include "depthwise_conv3d.h"
 
+#include "device.h"
+
 namespace panda::cuda {
 namespace {
 
@@ -169,10 +171,9 @@ __global__ void __launch_bounds__(THREADS, 2) gradient(StencilGradient p) {
   const int dt = int(blockIdx.x % 3), segment = int(blockIdx.x / 3), tiles = (p.w + COLUMNS - 1) / COLUMNS;
   const int64_t units = p.clips * p.frames * tiles;
   float sums[9][N] = {}, total[N] = {};
-  int channel = 0;
+  const int channel = Place(0, N, p.h, p.w, p.c).channel;
   for (int64_t unit = units * segment / p.segments; unit < units * (segment + 1) / p.segments; ++unit) {
     const Place place(int(unit % tiles), N, p.h, p.w, p.c);
-    channel = place.channel;
     if (place.channel < p.c && place.column < p.w) add_frame<T>(sums, total, p, place, unit / tiles, dt);
   }
   const bool writes = threadIdx.x < LANES && channel < p.c;

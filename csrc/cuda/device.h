@@ -5,19 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace panda::cuda {
-
-struct bfloat16 {
-  uint16_t bits;
-};
-
-struct float16 {
-  uint16_t bits;
-};
-
-enum class Dtype : int { float32, bfloat16, float16 };
-
-}  // namespace panda::cuda
+#include "types.h"
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>

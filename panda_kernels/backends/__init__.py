@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-NAMES = ("triton", "cpu", "torch")  # fastest first: the order in which "auto" asks
+NAMES = ("cuda", "triton", "cpu", "torch")  # fastest first: the order in which "auto" asks
 log = logging.getLogger("panda_kernels")
 
 

@@ -1,0 +1,38 @@
+"""CUDA kernels (csrc/cuda) on NVIDIA GPUs from sm_80: float32, bfloat16 and float16 with float32 accumulation."""
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import cpu
+from .._outside import outside
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LIBRARY = Path(__file__).parents[2] / "_cuda.so"
+
+
+@functools.cache
+def load_error() -> str | None:
+    """Loads the extension at the first call on a machine with a GPU; why it cannot be used, or None."""
+    if not torch.version.cuda or not torch.cuda.is_available():
+        return "torch sees no NVIDIA GPU"
+    if not LIBRARY.exists():
+        return f"the CUDA extension is missing: {cpu.build_info().get('cuda_error', 'it was never built')}"
+    try:
+        torch.ops.load_library(LIBRARY)
+    except (OSError, RuntimeError) as error:
+        return f"the CUDA extension does not load under torch {torch.__version__}: {error}"
+    return None
+
+
+def refusals(inputs: Sequence[Any]) -> list[str]:
+    """Tensors elsewhere than on a GPU from sm_80, or of a dtype the kernels do not compute in."""
+    if reasons := outside(inputs, "cuda", DTYPES):
+        return reasons
+    old = {str(t.device) for t in inputs if isinstance(t, Tensor) and torch.cuda.get_device_capability(t.device) < (8, 0)}
+    return [f"{device} is older than sm_80" for device in sorted(old)]

@@ -1,0 +1,57 @@
+"""The 3x3x3 stencil of csrc/cuda/depthwise_conv3d.cu, forward and for the tokens' gradient."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import cuda
+
+SEGMENTS = 32  # shares of the frames in the weight gradient, at most: 1536 blocks with 1024 channels
+
+
+def refusals(inputs: Sequence[Any]) -> list[str]:
+    x, weight = inputs[:2]
+    reasons = cuda.refusals(inputs)
+    if weight.shape[2:] != (3, 3, 3):
+        reasons.append(f"a kernel of {' x '.join(map(str, weight.shape[2:]))}, not 3 x 3 x 3")
+    if x.shape[-1] * x.element_size() % 16:
+        reasons.append(f"{x.shape[-1]} channels, not a multiple of 16 bytes")
+    return reasons
+
+
+def stencil(x: Tensor, weight: Tensor, bias: Tensor | None, *, residual: bool, mirrored: bool = False,
+            add: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """The convolution of contiguous ``x [B, T, h, w, C]``, and that plus ``add``, if there is one."""
+    taps = weight.reshape(weight.shape[0], -1).t().contiguous()
+    y = torch.empty_like(x)
+    total = None if add is None else torch.empty_like(x)
+    torch.ops.panda_kernels_cuda.stencil(x, taps, bias, add, mirrored, residual, y, total)
+    return y, total
+
+
+def fwd(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
+    return stencil(_aligned(x), weight, None if bias is None else _aligned(bias), residual=residual)[0]
+
+
+def bwd(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, *,
+        needs: list[bool]) -> list[Tensor | None]:
+    grad = _aligned(grad)
+    grads: list[Tensor | None] = [None] * len(needs)
+    if needs[0]:
+        grads[0] = stencil(grad, weight, None, residual=residual, mirrored=True)[0]
+    if any(needs[1:]):
+        segments = min(SEGMENTS, x.shape[0] * x.shape[1])
+        partial = torch.empty(segments, 28, x.shape[-1], dtype=torch.float32, device=x.device)
+        torch.ops.panda_kernels_cuda.stencil_gradient(_aligned(x), grad, partial)
+        sums = partial.sum(0).to(weight.dtype)
+        grads[1:] = [sums[:-1].t().reshape(weight.shape), sums[-1]][:len(needs) - 1]
+    return grads
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """Contiguous, from an address that is a multiple of 16."""
+    t = t.contiguous()
+    return t.clone() if t.data_ptr() % 16 else t
