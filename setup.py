@@ -79,28 +79,22 @@ def run(*command: str) -> str:
 
 
 def nvcc() -> str:
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-    candidates = [*(Path(home, "bin", "nvcc") for home in homes), shutil.which("nvcc"), Path("/usr/local/cuda/bin/nvcc")]
-    for found in candidates:
-        if found and Path(found).exists():
-            return str(found)
-    raise RuntimeError("no nvcc in CUDA_HOME, in PATH or in /usr/local/cuda")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = Path(home, "bin", "nvcc") if home else Path(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
+    if not found.exists():
+        raise RuntimeError(f"no nvcc in {found.parent}" if home else "no nvcc in PATH, nor in /usr/local/cuda/bin")
+    return str(found)
 
 
 class BuildExtension(build_ext):
     def get_ext_filename(self, name: str) -> str:
         return os.path.join(*name.split(".")) + ".so"  # no Python ABI in it
 
-    def run(self) -> None:
-        super().run()
-        target = Path(self.get_ext_fullpath("panda_kernels._build"))
-        target.with_name("_build.json").write_text(json.dumps(self.build_info, indent=1) + "\n")
-        if self.inplace:
-            self.copy_extensions_to_source()
-
     def build_extensions(self) -> None:
         self.build_info: dict[str, str] = {}
         super().build_extensions()
+        folder = Path(self.get_ext_fullpath("panda_kernels._cpu")).parent
+        (folder / "_build.json").write_text(json.dumps(self.build_info, indent=1) + "\n")
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))

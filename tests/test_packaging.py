@@ -57,13 +57,19 @@ def checkout(tmp_path: Path) -> Path:
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     (folder / "compiler.py").write_text(STAND_IN)
+    nvcc = folder / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f'#!/bin/sh\nexec {sys.executable} {folder / "compiler.py"} "$@"\n')
+    nvcc.chmod(0o755)
     return folder
 
 
 def run(checkout: Path, *arguments: str, compiler: bool = True, **variables: str) -> str:
     """What python says to these arguments in the checkout, its last line."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PANDA_KERNELS_")}
-    environment |= {"CXX": f"{sys.executable} compiler.py" if compiler else "/nonexistent/compiler", **variables}
+    environment |= {"CXX": f"{sys.executable} compiler.py", "CUDA_HOME": str(checkout / "cuda")} if compiler else {
+        "CXX": "/nonexistent/compiler", "CUDA_HOME": "/nonexistent/cuda"}
+    environment |= variables
     command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=True)
     return done.stdout.strip().rpartition("\n")[2]
@@ -81,12 +87,15 @@ def test_wheel_holds_the_package_and_the_extension(checkout: Path) -> None:
     (checkout / "panda_kernels" / "tuning" / "devices" / "a-device.json").write_text("{}")
     with build(checkout) as wheel:
         held = {name for name in wheel.namelist() if ".dist-info/" not in name}
-        assert build_info(wheel)["compiler"] == "stand-in 1.0"
-        assert re.fullmatch("[0-9a-f]{16}", build_info(wheel)["sources"])
+        info = build_info(wheel)
+        assert info["compiler"] == info["cuda_compiler"] == "stand-in 1.0"
+        assert info["cuda_targets"] == "sm_80 sm_90a sm_100a sm_120"
+        assert re.fullmatch("[0-9a-f]{16}", info["sources"])
     modules = {str(file.relative_to(ROOT)) for room in ("panda_kernels", "python_ref")
                for file in (ROOT / room).rglob("*.py")}
     settings = {f"panda_kernels/tuning/devices/{name}.json" for name in ("a-device", *SHIPPED)}
-    assert held == modules | settings | {"panda_kernels/_cpu.so", "panda_kernels/_build.json"}
+    built = {f"panda_kernels/{name}" for name in ("_cpu.so", "_cuda.so", "_build.json")}
+    assert held == modules | settings | built
     assert re.fullmatch(r".*-py3-none-(?!any)\w+\.whl", wheel.filename or "")
 
 
@@ -94,8 +103,9 @@ def test_without_a_compiler_the_wheel_holds_the_reason_and_nothing_stale(checkou
     run(checkout, "setup.py", "-q", "build_ext", "--inplace")
     build(checkout).close()
     with build(checkout, compiler=False) as wheel:
-        assert "panda_kernels/_cpu.so" not in wheel.namelist()
+        assert not [name for name in wheel.namelist() if name.endswith(".so")]
         assert "/nonexistent/compiler" in build_info(wheel)["error"]
+        assert "no nvcc in /nonexistent/cuda/bin" in build_info(wheel)["cuda_error"]
         wheel.extractall(tmp_path / "installed")
     code = "from panda_kernels import backends; print(backends.status())"
     said = run(tmp_path / "installed", "-c", code)
@@ -106,21 +116,25 @@ def test_without_a_compiler_the_wheel_holds_the_reason_and_nothing_stale(checkou
 
 def test_the_extension_can_be_left_out_or_required(checkout: Path) -> None:
     with build(checkout, PANDA_KERNELS_BUILD="0") as wheel:
-        assert "panda_kernels/_cpu.so" not in wheel.namelist()
+        assert not [name for name in wheel.namelist() if name.endswith(".so")]
         assert "PANDA_KERNELS_BUILD=0" in build_info(wheel)["error"]
-    with pytest.raises(subprocess.CalledProcessError):
-        build(checkout, compiler=False, PANDA_KERNELS_BUILD="require")
+    with build(checkout, PANDA_KERNELS_CUDA="0") as wheel:
+        assert "panda_kernels/_cuda.so" not in wheel.namelist() and "panda_kernels/_cpu.so" in wheel.namelist()
+        assert "PANDA_KERNELS_CUDA=0" in build_info(wheel)["cuda_error"]
+    for wanted in ({"PANDA_KERNELS_BUILD": "require"}, {"PANDA_KERNELS_CUDA": "require"}):
+        with pytest.raises(subprocess.CalledProcessError):
+            build(checkout, compiler=False, **wanted)
 
 
 @pytest.mark.parametrize("how", [("setup.py", "-q", "build_ext", "--inplace"), ("-c", BUILD, "build_editable", ".")],
                          ids=["inplace", "editable"])
-def test_in_place_both_files_are_beside_the_package_and_follow_the_last_build(checkout: Path, how: tuple) -> None:
+def test_in_place_all_files_are_beside_the_package_and_follow_the_last_build(checkout: Path, how: tuple) -> None:
     package = checkout / "panda_kernels"
     run(checkout, *how)
-    assert (package / "_cpu.so").read_text() == "compiled"
+    assert (package / "_cpu.so").read_text() == (package / "_cuda.so").read_text() == "compiled"
     assert json.loads((package / "_build.json").read_text())["compiler"] == "stand-in 1.0"
     run(checkout, *how, compiler=False)
-    assert not (package / "_cpu.so").exists()
+    assert not list(package.glob("*.so"))
     assert "/nonexistent/compiler" in json.loads((package / "_build.json").read_text())["error"]
 
 
