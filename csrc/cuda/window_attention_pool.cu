@@ -26,11 +26,19 @@ constexpr int WINDOWS = 64, HEADS = 2, S = 4, CHUNK = 32, VECTORS = CHUNK / 8, T
 constexpr int ROW_BYTES = CHUNK * 2;
 
 // Tiles in shared memory are rows of one chunk of channels. Vectors of eight numbers are permuted within a row so that
-// neither eight rows at one vector nor two whole rows meet in a bank.
-template <class T>
-__device__ __forceinline__ T* vector_at(T* tile, int row, int vector) {
-  return tile + row * CHUNK + (vector ^ (row / 2 % VECTORS)) * 8;
+// neither eight rows at one vector nor two whole rows meet in a bank; eight rows further they lie as before.
+__device__ __forceinline__ int place_of(int row, int vector) {
+  return row * CHUNK + (vector ^ (row / 2 % VECTORS)) * 8;
 }
+
+// Chunks of tokens in shared memory: n % count without a division, for n below 2^16.
+struct Slots {
+  int count;
+  uint32_t reciprocal;
+
+  explicit Slots(int count) : count(count), reciprocal(uint32_t((uint64_t(1) << 32) / count + 1)) {}
+  __device__ int of(int n) const { return n - count * int(uint64_t(n) * reciprocal >> 32); }
+};
 
 template <class T>
 __device__ __forceinline__ void widen_pair(uint32_t pair, float (&to)[2]) {
@@ -58,14 +66,15 @@ struct Attention {
   };
 
   const WindowAttention& p;
-  const int slots;  // chunks of tokens in shared memory
+  const Slots slots;
   const int chunks = p.c / CHUNK, width = p.c / p.heads, head = int(blockIdx.x) * HEADS;
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const int64_t first = int64_t(blockIdx.y) * WINDOWS;
   // The window and vector a thread copies and pools.
-  const int window = int(threadIdx.x) / VECTORS, vector = int(threadIdx.x) % VECTORS;
+  const int window = int(threadIdx.x) / VECTORS, vector = int(threadIdx.x) % VECTORS, own = place_of(window, vector);
   const bool inside = first + window < p.windows;
-  const int64_t place = inside ? p.places[first + window] : 0;
+  const T* const x = static_cast<const T*>(p.x) + (inside ? p.places[first + window] : 0) * p.c + vector * 8;
+  const T* const wkv = static_cast<const T*>(p.wkv) + int64_t(head * width) * p.c + vector * 8;
   T* const weights = reinterpret_cast<T*>(shared_memory());
   T* const pooled = weights + STAGES * WEIGHTS * CHUNK;  // two
   T* const tokens = pooled + 2 * POOLED * CHUNK;
@@ -78,34 +87,35 @@ struct Attention {
   __device__ int chunk_of(int step) const { return step < chunks ? step : 2 * chunks - 1 - step; }
   __device__ T* weights_of(int step) const { return weights + step % STAGES * WEIGHTS * CHUNK; }
   __device__ T* pooled_of(int step) const { return pooled + step % 2 * POOLED * CHUNK; }
-  __device__ T* tokens_of(int step) const { return tokens + chunk_of(step) % unsigned(slots) * TOKENS * CHUNK; }
+  __device__ T* tokens_of(int step) const { return tokens + slots.of(chunk_of(step)) * TOKENS * CHUNK; }
 
+  // Rows beyond a head's width have its last one: they meet zeros of q, or give columns that are not stored.
   __device__ __forceinline__ void fetch_weights(int step) const {
-    const T* from = static_cast<const T*>(p.wkv) + int64_t((step < chunks ? 0 : p.c) + head * width) * p.c +
-                    chunk_of(step) * CHUNK + vector * 8;
-    T* to = weights_of(step);
+    const T* from = wkv + (step < chunks ? 0 : int64_t(p.c) * p.c) + chunk_of(step) * CHUNK;
+    T* to = weights_of(step) + own;
 #pragma unroll
-    for (int i = 0; i < WEIGHTS; i += THREADS / VECTORS) {
-      const int row = i + window, d = row % ROWS;
-      const bool within = d < width;
-      if (row < WEIGHTS)
-        copy_async(vector_at(to, row, vector), from + (within ? int64_t(row / ROWS * width + d) * p.c : 0), within);
-    }
+    for (int h = 0; h < HEADS; ++h)
+#pragma unroll
+      for (int d = 0; d < ROWS; d += WINDOWS) {
+        const int row = d + window < width ? d + window : width - 1;
+        if (d + WINDOWS <= ROWS || d + window < ROWS)
+          copy_async(to + (h * ROWS + d) * CHUNK, from + int64_t(h * width + row) * p.c, true);
+      }
   }
 
   __device__ __forceinline__ void fetch_tokens(int step) const {
-    const T* from = static_cast<const T*>(p.x) + place * p.c + chunk_of(step) * CHUNK + vector * 8;
-    T* to = tokens_of(step);
+    const T* from = x + chunk_of(step) * CHUNK;
+    T* to = tokens_of(step) + own;
 #pragma unroll
     for (int s = 0; s < S; ++s)
-      copy_async(vector_at(to, s * WINDOWS + window, vector), from + int64_t(s / 2 * p.w + s % 2) * p.c, inside);
+      copy_async(to + s * WINDOWS * CHUNK, from + int64_t(inside ? s / 2 * p.w + s % 2 : 0) * p.c, inside);
   }
 
   // Starts the copies for a step. On the way back tokens are pooled a step before the product wants them.
   __device__ __forceinline__ void fetch(int step) const {
     const int wanted = step < chunks ? step : step + 1;
     if (step < 2 * chunks) fetch_weights(step);
-    if (wanted < chunks || (wanted >= chunks + slots && wanted < 2 * chunks)) fetch_tokens(wanted);
+    if (wanted < chunks || (wanted >= chunks + slots.count && wanted < 2 * chunks)) fetch_tokens(wanted);
     commit_copies();
   }
 
@@ -138,13 +148,13 @@ struct Attention {
   // A chunk of gamma * q_h Wk_h, as fragments of two 16 x 8 products.
   __device__ __forceinline__ void fold(int step, const uint32_t (&queries)[HEADS][STEPS][4],
                                        float (&folded)[HEADS][2][4]) const {
-    const T* keys = weights_of(step);
+    const T* keys = weights_of(step) + place_of(lane % 16, folding_half() * 2 + lane / 16);
 #pragma unroll
     for (int k = 0; k < STEPS; ++k)
 #pragma unroll
       for (int h = 0; h < HEADS; ++h) {
         uint32_t key[4];
-        load_matrices<true>(key, vector_at(keys, h * ROWS + k * 16 + lane % 16, folding_half() * 2 + lane / 16));
+        load_matrices<true>(key, keys + (h * ROWS + k * 16) * CHUNK);
 #pragma unroll
         for (int n = 0; n < 2; ++n) multiply_add(folded[h][n], queries[h][k], key[n * 2], key[n * 2 + 1], T{});
       }
@@ -163,11 +173,11 @@ struct Attention {
   // Adds the products of the folded queries with the tokens, and last with one, for two windows a thread.
   __device__ __forceinline__ void meet(int step, const float (&folded)[HEADS][2][4],
                                        float (&products)[HEADS][S + 1][2]) const {
-    const T* x = tokens_of(step);
+    const T* from = tokens_of(step) + place_of(folding_rows() + lane % 16, folding_half() * 2 + lane / 16);
 #pragma unroll
     for (int s = 0; s < S; ++s) {
       uint32_t pairs[4];
-      load_matrices(pairs, vector_at(x, s * WINDOWS + folding_rows() + lane % 16, folding_half() * 2 + lane / 16));
+      load_matrices(pairs, from + s * WINDOWS * CHUNK);
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
         float token[2];
@@ -230,7 +240,7 @@ struct Attention {
 
   // gamma * sum_s P_s xhat_s + beta, a vector of a window for each head.
   __device__ __forceinline__ void pool(int step, const Weights& of) const {
-    const T* x = tokens_of(step);
+    const T* from = tokens_of(step) + own;
     const int channel = chunk_of(step) * CHUNK + vector * 8;
     const auto gamma = load_vector(static_cast<const T*>(p.norm_weight) + channel);
     const auto beta = load_vector(static_cast<const T*>(p.norm_bias) + channel);
@@ -241,7 +251,7 @@ struct Attention {
       for (int i = 0; i < 8; ++i) sums[h][i] = of.shift[h];
 #pragma unroll
     for (int s = 0; s < S; ++s) {
-      const auto token = load_vector(vector_at(x, s * WINDOWS + window, vector));
+      const auto token = load_vector(from + s * WINDOWS * CHUNK);
 #pragma unroll
       for (int i = 0; i < 8; ++i)
 #pragma unroll
@@ -251,7 +261,7 @@ struct Attention {
     for (int h = 0; h < HEADS; ++h) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) sums[h][i] = sums[h][i] * widen(gamma.numbers[i]) + widen(beta.numbers[i]);
-      store_vector(vector_at(pooled_of(step), h * WINDOWS + window, vector), sums[h]);
+      store_vector(pooled_of(step) + own + h * WINDOWS * CHUNK, sums[h]);
     }
   }
 
@@ -261,19 +271,18 @@ struct Attention {
   __device__ int output_columns() const { return warp % 2 * STEPS * 8; }
 
   __device__ __forceinline__ void project(int step, float (&sums)[2][STEPS][4]) const {
-    const T* rows = pooled_of(step);
-    const T* values = weights_of(step);
+    const T* rows = pooled_of(step) + (output_head() * WINDOWS + output_rows()) * CHUNK;
+    const T* values = weights_of(step) + (output_head() * ROWS + output_columns()) * CHUNK;
     uint32_t left[2][2][4];
 #pragma unroll
     for (int m = 0; m < 2; ++m)
 #pragma unroll
       for (int k = 0; k < 2; ++k)
-        load_matrices(left[m][k],
-                      vector_at(rows, output_head() * WINDOWS + output_rows() + m * 16 + lane % 16, k * 2 + lane / 16));
+        load_matrices(left[m][k], rows + place_of(lane % 16, k * 2 + lane / 16) + m * 16 * CHUNK);
 #pragma unroll
     for (int n = 0; n < STEPS; ++n) {
       uint32_t value[4];
-      load_matrices(value, vector_at(values, output_head() * ROWS + output_columns() + n * 8 + lane % 8, lane / 8));
+      load_matrices(value, values + place_of(lane % 8, lane / 8) + n * 8 * CHUNK);
 #pragma unroll
       for (int k = 0; k < 2; ++k)
 #pragma unroll
@@ -299,7 +308,7 @@ struct Attention {
 };
 
 template <class T, int STEPS, int STAGES>
-__global__ void __launch_bounds__(THREADS, 1) attend_windows(WindowAttention p, int slots) {
+__global__ void __launch_bounds__(THREADS, 1) attend_windows(WindowAttention p, Slots slots) {
   using Here = Attention<T, STEPS, STAGES>;
   const Here here{p, slots};
   const int chunks = here.chunks;
@@ -335,7 +344,7 @@ int attend_in(const WindowAttention& p, int bytes, void* stream) {
   int slots = p.c / CHUNK > STAGES ? p.c / CHUNK : STAGES;
   while (slots > STAGES && Here::shared_bytes(slots) > size_t(bytes)) --slots;
   const dim3 grid(unsigned(p.heads / HEADS), unsigned((p.windows + WINDOWS - 1) / WINDOWS));
-  return launch(attend_windows<T, STEPS, STAGES>, grid, THREADS, Here::shared_bytes(slots), stream, p, slots);
+  return launch(attend_windows<T, STEPS, STAGES>, grid, THREADS, Here::shared_bytes(slots), stream, p, Slots(slots));
 }
 
 template <class T, int STEPS>
