@@ -7,16 +7,16 @@
 // many as fit. Means need no subtraction a token: sum_s P_s rstd_s (x_s - mean_s) = sum_s P_s rstd_s x_s - const, and
 // likewise for the logits, with the sum of the folded query.
 //
-// An H100, 8 frames (2048 windows), C = 1024, 8 heads, computed and not measured: 128 blocks for 132 multiprocessors.
-//   from L2            1 MB of weights a block, 0.5 MB of tokens, and 0.34 MB of them again (10 chunks of 32 are kept):
-//                      242 MB, 44 us at 5.5 TB/s; Triton's kernel 270 MB, 49 us. Any other windows x heads = 128 reads
-//                      more.
-//   into one           1.9 MB, 17 us at 64 bytes a clock
-//   shared memory      6.7 MB written and read, 31 us at 128 bytes a clock
-//   products           16384 m16n8k16 a block, 15 us at mma.sync's rate; 8.6 GFLOP in all
-//   instructions       110 000 a block and warp's lane group, 16 us
-// So L2 bounds it, as it does Triton: 10 % are to be had this way, and a cluster of blocks that share tokens would be
-// the next step.
+// An H100, 8 frames (2048 windows), C = 1024, 8 heads, computed and not measured; 128 blocks for 132 multiprocessors:
+//   from L2                1.8 MB a block, 1 of weights, 0.5 of tokens and 0.34 of them again (22 chunks of 32): 247
+//   MB,
+//                          45 us at 5.5 TB/s, 18 us at 64 bytes a clock into each multiprocessor
+//   shared memory          6.6 MB written and read, 31 us at 128 bytes a clock
+//   instructions           677 a warp and chunk, both walks, 25 us
+//   16 x 8 x 16 products   16 384 a block, 8.6 GFLOP in all, 14 us at the 600 TFLOPS of mma.sync
+// Triton's kernel reads all tokens twice, 268 MB, 49 us. Both are bound by L2, so this is 8 % better on paper, and what
+// the overlap of copies and products gives. Of all tiles that fill the device 64 windows x 2 heads read least; less
+// takes blocks that share tokens, a cluster.
 #include "window_attention_pool.h"
 
 namespace panda::cuda {
@@ -37,7 +37,7 @@ struct Slots {
   uint32_t reciprocal;
 
   explicit Slots(int count) : count(count), reciprocal(uint32_t((uint64_t(1) << 32) / count + 1)) {}
-  __device__ int of(int n) const { return n - count * int(uint64_t(n) * reciprocal >> 32); }
+  __device__ int of(int n) const { return n - count * int(uint64_t(uint32_t(n)) * reciprocal >> 32); }
 };
 
 template <class T>
@@ -99,7 +99,7 @@ struct Attention {
       for (int d = 0; d < ROWS; d += WINDOWS) {
         const int row = d + window < width ? d + window : width - 1;
         if (d + WINDOWS <= ROWS || d + window < ROWS)
-          copy_async(to + (h * ROWS + d) * CHUNK, from + int64_t(h * width + row) * p.c, true);
+          copy_async(to + (h * ROWS + d) * CHUNK, from + (h * width + row) * p.c, true);
       }
   }
 
@@ -108,7 +108,7 @@ struct Attention {
     T* to = tokens_of(step) + own;
 #pragma unroll
     for (int s = 0; s < S; ++s)
-      copy_async(to + s * WINDOWS * CHUNK, from + int64_t(inside ? s / 2 * p.w + s % 2 : 0) * p.c, inside);
+      copy_async(to + s * WINDOWS * CHUNK, from + (inside ? (s / 2 * p.w + s % 2) * p.c : 0), inside);
   }
 
   // Starts the copies for a step. On the way back tokens are pooled a step before the product wants them.
@@ -158,7 +158,7 @@ struct Attention {
 #pragma unroll
         for (int n = 0; n < 2; ++n) multiply_add(folded[h][n], queries[h][k], key[n * 2], key[n * 2 + 1], T{});
       }
-    const T* gamma = static_cast<const T*>(p.norm_weight) + step * CHUNK + folding_half() * 16 + lane % 4 * 2;
+    const T* gamma = static_cast<const T*>(p.norm_weight) + (step * CHUNK + folding_half() * 16 + lane % 4 * 2);
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       float factors[2];
@@ -369,7 +369,6 @@ int attend(const WindowAttention& p, void* stream) {
     using T = decltype(type);
     if constexpr (sizeof(T) == 2) {
       const int steps = p.c / p.heads / 16;  // the widths of the released models have no columns to spare
-      if (steps <= 2) return attend_as<T, 2>(p, stream);
       if (steps <= 4) return attend_as<T, 4>(p, stream);
       if (steps <= 8) return attend_as<T, 8>(p, stream);
       if (steps == 9) return attend_as<T, 9>(p, stream);
