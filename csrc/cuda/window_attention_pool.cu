@@ -8,12 +8,12 @@
 // likewise for the logits, with the sum of the folded query.
 //
 // An H100, 8 frames (2048 windows), C = 1024, 8 heads, computed and not measured; 128 blocks for 132 multiprocessors:
-//   from L2                1.8 MB a block, 1 of weights, 0.5 of tokens and 0.34 of them again (22 chunks of 32): 247
-//   MB,
-//                          45 us at 5.5 TB/s, 18 us at 64 bytes a clock into each multiprocessor
-//   shared memory          6.6 MB written and read, 31 us at 128 bytes a clock
-//   instructions           677 a warp and chunk, both walks, 25 us
-//   16 x 8 x 16 products   16 384 a block, 8.6 GFLOP in all, 14 us at the 600 TFLOPS of mma.sync
+//   from L2                1.8 MB a block: 1 of weights, 0.5 of tokens, 0.34 of them again (22 chunks of 32);
+//                          all 247 MB: 45 us at 5.5 TB/s, 18 us at 64 bytes a clock into each multiprocessor
+//   shared memory          6.6 MB a block written and read: 31 us at 128 bytes a clock
+//   instructions           677 a warp for a chunk, both walks: 25 us
+//   16 x 8 x 16 products   16 384 a block, 8.6 GFLOP in all: 14 us at the 600 TFLOPS of mma.sync
+//
 // Triton's kernel reads all tokens twice, 268 MB, 49 us. Both are bound by L2, so this is 8 % better on paper, and what
 // the overlap of copies and products gives. Of all tiles that fill the device 64 windows x 2 heads read least; less
 // takes blocks that share tokens, a cluster.
