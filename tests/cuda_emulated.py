@@ -1,4 +1,4 @@
-"""The CUDA backend on CPU tensors: csrc/cuda compiled by a C++ compiler with cuda_emulation.h, behind its own bindings.
+"""The CUDA backend on CPU tensors: csrc/cuda compiled by a C++ compiler with cudalibrary.h, behind its own bindings.
 
 The library is cached by the content of the sources. Importing this registers the ops ``panda_kernels_cuda``.
 """
@@ -27,9 +27,9 @@ FLAGS = ["-std=c++20", "-O2", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas
 def build() -> Path:
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "csrc" / "cuda_bindings.cpp",
-               ROOT / "tests" / "cuda_emulation.cpp"]
+               *sorted((ROOT / "tests").glob("cuda_*.cpp"))]
     headers = [*sorted((ROOT / "csrc" / "cuda").glob("*.h")), ROOT / "csrc" / "expect.h",
-               ROOT / "tests" / "cuda_emulation.h"]
+               ROOT / "tests" / "cudalibrary.h"]
     digest = hashlib.sha256(repr((compiler, FLAGS, torch.__version__)).encode())
     for file in (*sources, *headers):
         digest.update(file.name.encode() + file.read_bytes())
@@ -53,16 +53,16 @@ def build() -> Path:
     return target
 
 
-_library = build()
-torch.ops.load_library(_library)
-_emulation = ctypes.CDLL(str(_library))
+_file = build()
+torch.ops.load_library(_file)
+library = ctypes.CDLL(str(_file))
 
 
 @contextmanager
 def threads_backwards() -> Iterator[None]:
     """Blocks and threads run in the other order: what is read before it is written shows in one of the two."""
-    _emulation.panda_emulate_backwards(1)
+    library.panda_emulate_backwards(1)
     try:
         yield
     finally:
-        _emulation.panda_emulate_backwards(0)
+        library.panda_emulate_backwards(0)

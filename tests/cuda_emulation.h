@@ -91,6 +91,7 @@ struct Machine {
 
 inline Machine* machine = nullptr;
 inline bool backwards = false;
+inline int largest_shared_memory = 227 * 1024;
 
 inline void yield() { swapcontext(&machine->current->context, &machine->scheduler); }
 
@@ -324,6 +325,11 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 }
 
 inline uint32_t load_acquire(const uint32_t* from) { return *from; }
+
+inline int largest_shared_memory(int& bytes) {
+  bytes = emulation::largest_shared_memory;
+  return 0;
+}
 
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, void*, Arguments... arguments) {

@@ -85,6 +85,13 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) {
   return value;
 }
 
+// The shared memory a block can have.
+inline int largest_shared_memory(int& bytes) {
+  int device;
+  if (auto error = cudaGetDevice(&device)) return error;
+  return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
+
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, void* stream,
            Arguments... arguments) {
