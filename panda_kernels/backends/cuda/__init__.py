@@ -36,3 +36,9 @@ def refusals(inputs: Sequence[Any]) -> list[str]:
         return reasons
     old = {str(t.device) for t in inputs if isinstance(t, Tensor) and torch.cuda.get_device_capability(t.device) < (8, 0)}
     return [f"{device} is older than sm_80" for device in sorted(old)]
+
+
+def aligned(t: Tensor) -> Tensor:
+    """Contiguous, from an address that is a multiple of 16."""
+    t = t.contiguous()
+    return t.clone() if t.data_ptr() % 16 else t

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import cuda
+from . import aligned
 
 SEGMENTS = 32  # shares of the frames in the weight gradient, at most: 1536 blocks with 1024 channels
 
@@ -33,25 +34,19 @@ def stencil(x: Tensor, weight: Tensor, bias: Tensor | None, *, residual: bool, m
 
 
 def fwd(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
-    return stencil(_aligned(x), weight, None if bias is None else _aligned(bias), residual=residual)[0]
+    return stencil(aligned(x), weight, None if bias is None else aligned(bias), residual=residual)[0]
 
 
 def bwd(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, *,
         needs: list[bool]) -> list[Tensor | None]:
-    grad = _aligned(grad)
+    grad = aligned(grad)
     grads: list[Tensor | None] = [None] * len(needs)
     if needs[0]:
         grads[0] = stencil(grad, weight, None, residual=residual, mirrored=True)[0]
     if any(needs[1:]):
         segments = min(SEGMENTS, x.shape[0] * x.shape[1])
         partial = torch.empty(segments, 28, x.shape[-1], dtype=torch.float32, device=x.device)
-        torch.ops.panda_kernels_cuda.stencil_gradient(_aligned(x), grad, partial)
+        torch.ops.panda_kernels_cuda.stencil_gradient(aligned(x), grad, partial)
         sums = partial.sum(0).to(weight.dtype)
         grads[1:] = [sums[:-1].t().reshape(weight.shape), sums[-1]][:len(needs) - 1]
     return grads
-
-
-def _aligned(t: Tensor) -> Tensor:
-    """Contiguous, from an address that is a multiple of 16."""
-    t = t.contiguous()
-    return t.clone() if t.data_ptr() % 16 else t

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from . import LIBRARY
 
@@ -30,6 +31,8 @@ class Claim:
 CLAIMS = {
     "convolve": Claim(threads=128, blocks=2),
     "gradient": Claim(threads=128, blocks=2),
+    "attend_windows": Claim(threads=256, blocks=1, tensor_cores=True, async_copies=True),
+    "all_phases": Claim(threads=256, blocks=1, async_copies=True),
 }
 
 
@@ -122,7 +125,7 @@ def render(table: list[Row]) -> str:
 def parse(page: str) -> list[Row]:
     lines = [line for line in page.splitlines() if line.startswith("|")][2:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    types = [int if f.type == "int" else str for f in fields(Row)]
+    types: list[Any] = [int if f.type == "int" else str for f in fields(Row)]
     return [Row(*(of(cell) for of, cell in zip(types, line, strict=True))) for line in cells]
 
 

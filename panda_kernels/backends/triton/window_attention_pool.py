@@ -4,6 +4,9 @@ The gradients of ``wq`` and ``wp``, plain products over all windows, are torch's
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
 from ...triton.matmul import multiply
@@ -13,14 +16,19 @@ from ..torch._arithmetic import matmul, total
 from . import refusals  # noqa: F401
 
 
-def fwd(x: Tensor, corners: Tensor, num_windows: int, q_norm_weight: Tensor, q_norm_bias: Tensor, wq: Tensor,
-        kv_norm_weight: Tensor, kv_norm_bias: Tensor, wkv: Tensor, wp: Tensor, bp: Tensor, num_heads: int,
-        window: int, eps: float, scale: float | None) -> Tensor:
+def fwd(*inputs: Any) -> Tensor:
+    return forward(head_outputs, *inputs)
+
+
+def forward(attention: Callable[..., Tensor], x: Tensor, corners: Tensor, num_windows: int, q_norm_weight: Tensor,
+            q_norm_bias: Tensor, wq: Tensor, kv_norm_weight: Tensor, kv_norm_bias: Tensor, wkv: Tensor, wp: Tensor,
+            bp: Tensor, num_heads: int, window: int, eps: float, scale: float | None) -> Tensor:
+    """``attention`` is :func:`head_outputs` or another with its arguments."""
     x = x.contiguous()
     found = locate(x, corners.contiguous(), num_windows, q_norm_weight.contiguous(), q_norm_bias.contiguous(), window,
                    eps)
-    heads = head_outputs(x, found, multiply(found.query_input, wq.contiguous()), kv_norm_weight.contiguous(),
-                         kv_norm_bias.contiguous(), wkv.contiguous(), num_heads, window, _scale(x, scale))
+    heads = attention(x, found, multiply(found.query_input, wq.contiguous()), kv_norm_weight.contiguous(),
+                      kv_norm_bias.contiguous(), wkv.contiguous(), num_heads, window, _scale(x, scale))
     return multiply(heads, wp.contiguous(), bp.contiguous(), residual=found.mean)
 
 
