@@ -314,6 +314,9 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 
 inline uint32_t load_acquire(const uint32_t* from) { return *from; }
 
+// Little, so that sizes of tests need more than one filling.
+inline size_t shared_memory_limit() { return 72 * 1024; }
+
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, void*, Arguments... arguments) {
   emulation::run(grid, threads, shared_bytes, false, [=] { kernel(Parameters(arguments)...); });

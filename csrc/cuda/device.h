@@ -97,6 +97,13 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) {
   return value;
 }
 
+// Bytes of shared memory that a block can have.
+inline size_t shared_memory_limit() {
+  int device = 0, bytes = 48 * 1024;
+  if (!cudaGetDevice(&device)) cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return size_t(bytes);
+}
+
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, void* stream,
            Arguments... arguments) {
