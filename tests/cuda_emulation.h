@@ -75,6 +75,8 @@ struct Thread {
   Block* block;
   dim3 index;
   bool finished = false;
+  const Barrier* barrier = nullptr;  // that it waits at, and for which turn to end
+  unsigned turn = 0;
   std::deque<std::vector<Copy>> committed;
   std::vector<Copy> copies;
 };
@@ -96,13 +98,15 @@ inline int largest_shared_memory = 227 * 1024;
 inline void yield() { swapcontext(&machine->current->context, &machine->scheduler); }
 
 inline void arrive_and_wait(Barrier& barrier) {
-  const unsigned turn = barrier.turn;
+  machine->current->barrier = &barrier;
+  machine->current->turn = barrier.turn;
   ++machine->events;
   if (++barrier.arrived == barrier.expected) {
     barrier.arrived = 0;
     ++barrier.turn;
+  } else {
+    yield();
   }
-  while (barrier.turn == turn) yield();
 }
 
 inline void enter() {
@@ -143,6 +147,7 @@ inline void run_to_the_end() {
       Thread* thread = threads[backwards ? threads.size() - 1 - i : i].get();
       if (thread->finished) continue;
       unfinished = true;
+      if (thread->barrier && thread->barrier->turn == thread->turn) continue;
       machine->current = thread;
       swapcontext(&machine->scheduler, &thread->context);
     }

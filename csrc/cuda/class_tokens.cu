@@ -1,0 +1,377 @@
+// HEADER
+#include "class_tokens.h"
+
+#include "class_tokens_phases.h"
+#include "device.h"
+
+namespace panda::cuda {
+namespace {
+
+using namespace tail;
+
+constexpr int WARPS = 8, THREADS = 32 * WARPS, COLUMNS = 2, ROWS = 16, DEPTH = 8;
+constexpr size_t RING_BYTES = size_t(WARPS) * DEPTH * COLUMNS * 32 * 16;
+
+__device__ __forceinline__ int units(int columns) { return (columns + COLUMNS - 1) / COLUMNS; }
+
+// What a block has to do of a product, in units of COLUMNS columns, and which of these a warp begins with. A phase's
+// units lie one after another, an equal part for each block, so that a block meets few heads.
+struct Share {
+  int begin, end, first;
+
+  __device__ __forceinline__ Share(const ClassTokens& p, int phase, int index, int columns) {
+    const int whole = units(p.c), block = int(blockIdx.x), blocks = int(gridDim.x), warp = int(threadIdx.x) / 32;
+    const int of_frame = units(p.c / p.frame.heads);
+    int before = index * whole, total = products(p, phase) * whole;
+    if (phase == HIDDEN) total = units(EXPANSION * p.c);
+    if (phase == VALUES) {
+      const int all_frames = p.frame.heads * of_frame;
+      before = index < p.frame.heads ? index * of_frame : all_frames + (index - p.frame.heads) * units(columns);
+      total = all_frames + (p.frames > 1 ? p.clip.heads * units(p.c / p.clip.heads) : 0);
+    }
+    const int from = total * block / blocks, to = total * (block + 1) / blocks;
+    begin = (from > before ? from : before) - before;
+    end = (to < before + units(columns) ? to : before + units(columns)) - before;
+    // Every other phase begins with the other half of the warps: the last two have units for half of them only.
+    const int turn = begin + before - from + phase * (WARPS / 2);
+    first = begin + (warp + WARPS - turn % WARPS) % WARPS;
+  }
+};
+
+// Rows that are staged together.
+__device__ __forceinline__ int group_rows(int k, int row_numbers) {
+  int rows = ROWS;
+  while (rows > 1 && rows * k > row_numbers) rows /= 2;
+  return rows;
+}
+
+// The weights that a warp will need, in the order in which it needs them, DEPTH - 1 steps ahead of it: they know of no
+// phases. A lane reads only what it copied itself.
+template <class T>
+class Weights {
+ public:
+  __device__ __forceinline__ Weights(const ClassTokens& p, char* ring, int row_numbers)
+      : p(p),
+        row_numbers(row_numbers),
+        slots(reinterpret_cast<Vector<T>*>(ring) + threadIdx.x / 32 * (DEPTH * COLUMNS * 32) + threadIdx.x % 32) {
+    next_product();
+    for (taken = 1; taken < DEPTH; ++taken) copy();
+    taken = 0;
+  }
+
+  // The next step: a vector of each of the unit's columns, 32 vectors from one to the next.
+  __device__ __forceinline__ const Vector<T>* next() {
+    wait_for_copies<DEPTH - 2>();
+    copy();
+    return slot(taken++);
+  }
+
+ private:
+  __device__ __forceinline__ Vector<T>* slot(int number) { return slots + number % DEPTH * (COLUMNS * 32); }
+
+  // To the slot before the one that will be taken.
+  __device__ __forceinline__ void copy() {
+    if (phase < phases(p)) {
+      const int vector = step * 32 + int(threadIdx.x) % 32;
+#pragma unroll
+      for (int j = 0; j < COLUMNS; ++j) {
+        const int column = unit * COLUMNS + j;
+        const bool inside = column < columns && vector * Vector<T>::size < k;
+        const T* from = inside ? w + int64_t(column) * k + vector * Vector<T>::size : w;
+        copy_async(slot(taken + DEPTH - 1) + j * 32, from, inside);
+      }
+      advance();
+    }
+    commit_copies();
+  }
+
+  __device__ __forceinline__ void advance() {
+    if (++step * 32 * Vector<T>::size < k) return;
+    step = 0;
+    if ((unit += WARPS) < end) return;
+    unit = first;
+    if (--groups == 0) next_product();
+  }
+
+  __device__ __forceinline__ void next_product() {
+    do {
+      if (++index == products(p, phase)) {
+        index = 0;
+        if (++phase == phases(p)) return;
+      }
+      const auto product = describe<T>(p, phase, index);
+      const Share share(p, phase, index, product.columns);
+      w = product.w;
+      columns = product.columns;
+      k = product.k;
+      unit = first = share.first;
+      end = share.end;
+      const int together = group_rows(k, row_numbers);
+      groups = int((product.rows + together - 1) / together);
+    } while (first >= end);
+  }
+
+  const ClassTokens& p;
+  const int row_numbers;
+  Vector<T>* const slots;
+  int taken, phase = VALUES, index = -1, step = 0;
+  const T* w;
+  int columns, k, first, end, unit, groups;
+};
+
+// Rows in shared memory lie in fours of numbers: of every vector the first, then of every vector the second. So lanes
+// read neighbouring fours.
+template <class T>
+__device__ __forceinline__ void read_row(float (&x)[Vector<T>::size], const float* row, int vector, int k) {
+#pragma unroll
+  for (int i = 0; i < Vector<T>::size; i += 4) {
+    const auto four = load_vector(row + i / 4 * (k * 4 / Vector<T>::size) + vector * 4);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x[i + j] = four.numbers[j];
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void write_row(float* row, const float (&x)[Vector<T>::size], int vector, int k) {
+#pragma unroll
+  for (int i = 0; i < Vector<T>::size; i += 4) {
+    const float four[4] = {x[i], x[i + 1], x[i + 2], x[i + 3]};
+    store_vector(row + i / 4 * (k * 4 / Vector<T>::size) + vector * 4, four);
+  }
+}
+
+template <int N>
+__device__ __forceinline__ void load_floats(float (&x)[N], const float* from) {
+#pragma unroll
+  for (int i = 0; i < N; i += 4) {
+    const auto four = load_vector(from + i);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x[i + j] = four.numbers[j];
+  }
+}
+
+// read(x, row, channel) of every vector of `count` rows, filled up to `padded` with the last one. Several loads are
+// under way before the first is waited for.
+template <class T, class Read>
+__device__ __forceinline__ void stage(float* rows, int k, int count, int padded, const Read& read) {
+  constexpr int N = Vector<T>::size, BATCH = 4;
+  const int vectors = k / N, total = padded * vectors;
+  for (int begin = int(threadIdx.x); begin < total; begin += BATCH * THREADS) {
+    float x[BATCH][N];
+#pragma unroll
+    for (int j = 0; j < BATCH; ++j) {
+      const int i = begin + j * THREADS < total ? begin + j * THREADS : total - 1, row = i / vectors;
+      read(x[j], row < count ? row : count - 1, (i - row * vectors) * N);
+    }
+#pragma unroll
+    for (int j = 0; j < BATCH; ++j) {
+      const int i = begin + j * THREADS, row = i / vectors;
+      if (i < total) write_row<T>(rows + row * k, x[j], i - row * vectors, k);
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void stage_rows(float* rows, const ClassTokens& p, const Product<T>& product, int64_t first,
+                                           int count, int padded) {
+  constexpr int N = Vector<T>::size;
+  const int k = product.k;
+  if (product.pooled)
+    stage<T>(rows, k, count, padded, [&](float (&x)[N], int row, int channel) {
+      const auto z = load_vector(product.pooled + (first + row) * product.pooled_stride + channel);
+      const auto weight = load_vector(product.norm_weight + channel), bias = load_vector(product.norm_bias + channel);
+#pragma unroll
+      for (int i = 0; i < N; ++i) x[i] = widen(z.numbers[i]) * widen(weight.numbers[i]) + widen(bias.numbers[i]);
+    });
+  else if (product.balance)
+    stage<T>(rows, k, count, padded, [&](float (&x)[N], int row, int channel) {
+      float frame[N];
+      load_floats(frame, product.frame + (first + row) * k + channel);
+      load_floats(x, product.from + (first + row) / p.frames * k + channel);
+      const auto balance = load_vector(product.balance + channel);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const float share = 1 / (1 + __expf(-widen(balance.numbers[i])));
+        x[i] = (1 - share) * x[i] + share * frame[i];
+      }
+    });
+  else
+    stage<T>(rows, k, count, padded,
+             [&](float (&x)[N], int row, int channel) { load_floats(x, product.from + (first + row) * k + channel); });
+}
+
+// The sums over all lanes of V numbers each: lane i gets number i / (32 / V). Whatever V is, a number's sum is made in
+// the same order.
+template <int distance = 16, int V>
+__device__ __forceinline__ float add_lanes(const float (&numbers)[V]) {
+  constexpr int kept = V > 1 ? V / 2 : 1;
+  const bool upper = V > 1 && threadIdx.x & distance;
+  float sums[kept];
+#pragma unroll
+  for (int i = 0; i < kept; ++i) {
+    const float sent = upper ? numbers[i] : numbers[V - kept + i];
+    sums[i] = (upper ? numbers[V - kept + i] : numbers[i]) + __shfl_xor_sync(~0u, sent, distance);
+  }
+  if constexpr (distance == 1)
+    return sums[0];
+  else
+    return add_lanes<distance / 2>(sums);
+}
+
+// A warp normalises a staged row; a lane meets only its own numbers.
+template <class T>
+__device__ __forceinline__ void normalise(float* row, const Product<T>& product, float eps) {
+  constexpr int N = Vector<T>::size;
+  const int k = product.k, vectors = k / N, lane = int(threadIdx.x) % 32;
+  float x[N], sum[1] = {}, squares[1] = {};
+  for (int v = lane; v < vectors; v += 32) {
+    read_row<T>(x, row, v, k);
+#pragma unroll
+    for (int i = 0; i < N; ++i) sum[0] += x[i];
+  }
+  const float mean = add_lanes(sum) / float(k);
+  for (int v = lane; v < vectors; v += 32) {
+    read_row<T>(x, row, v, k);
+#pragma unroll
+    for (int i = 0; i < N; ++i) squares[0] += (x[i] - mean) * (x[i] - mean);
+  }
+  const float rstd = rsqrtf(add_lanes(squares) / float(k) + eps);
+  for (int v = lane; v < vectors; v += 32) {
+    const auto weight = load_vector(product.norm_weight + v * N), bias = load_vector(product.norm_bias + v * N);
+    read_row<T>(x, row, v, k);
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = (x[i] - mean) * rstd * widen(weight.numbers[i]) + widen(bias.numbers[i]);
+    write_row<T>(row, x, v, k);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store(const Product<T>& product, int64_t row, int column, float y) {
+  if (product.bias) y += widen(product.bias[column]);
+  if (product.query) y += widen(product.query[column]);
+  if (product.quick_gelu) y = y / (1 + __expf(-1.702f * y));
+  const int64_t at = row * product.stride + column;
+  if (product.residual) y += product.to[at];
+  if (product.out)
+    narrow(y, product.out[at]);
+  else
+    product.to[at] = y;
+}
+
+// A warp's columns for R staged rows, of which `count` count.
+template <int R, class T>
+__device__ __forceinline__ void multiply(Weights<T>& weights, const Product<T>& product, const Share& share,
+                                         const float* rows, int64_t first, int count) {
+  constexpr int N = Vector<T>::size, V = R * COLUMNS;
+  const int k = product.k, lane = int(threadIdx.x) % 32;
+  for (int unit = share.first; unit < share.end; unit += WARPS) {
+    float sums[V] = {};
+    for (int vector = lane; vector - lane < k / N; vector += 32) {
+      const Vector<T>* w = weights.next();
+      if (vector >= k / N) continue;
+      Vector<T> columns[COLUMNS];
+#pragma unroll
+      for (int j = 0; j < COLUMNS; ++j) columns[j] = w[j * 32];
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        float x[N];
+        read_row<T>(x, rows + r * k, vector, k);
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+#pragma unroll
+          for (int j = 0; j < COLUMNS; ++j) sums[r * COLUMNS + j] += x[i] * widen(columns[j].numbers[i]);
+      }
+    }
+    const float sum = add_lanes(sums);
+    const int number = lane / (32 / V), row = number / COLUMNS, column = unit * COLUMNS + number % COLUMNS;
+    if (lane % (32 / V) == 0 && row < count && column < product.columns) store(product, first + row, column, sum);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void run(Weights<T>& weights, const ClassTokens& p, const Product<T>& product,
+                                    const Share& share, float* rows, int together) {
+  for (int64_t first = 0; first < product.rows; first += together) {
+    const int count = int(product.rows - first < together ? product.rows - first : together);
+    int padded = 1;
+    while (padded < count) padded *= 2;
+    __syncthreads();  // the rows before have been read
+    stage_rows(rows, p, product, first, count, padded);
+    __syncthreads();
+    if (product.norm_weight && !product.pooled) {
+      for (int row = int(threadIdx.x) / 32; row < count; row += WARPS)
+        normalise(rows + row * product.k, product, p.eps);
+      __syncthreads();
+    }
+    switch (padded) {
+      case 1:
+        multiply<1>(weights, product, share, rows, first, count);
+        break;
+      case 2:
+        multiply<2>(weights, product, share, rows, first, count);
+        break;
+      case 4:
+        multiply<4>(weights, product, share, rows, first, count);
+        break;
+      case 8:
+        multiply<8>(weights, product, share, rows, first, count);
+        break;
+      default:
+        multiply<ROWS>(weights, product, share, rows, first, count);
+    }
+  }
+}
+
+// Until every block has come here for the `turn`th time; what it wrote can then be read.
+__device__ __forceinline__ void wait_for_blocks(uint32_t* counter, int turn) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    atomicAdd(counter, 1u);
+    while (load_acquire(counter) < gridDim.x * unsigned(turn)) __nanosleep(20);
+  }
+  __syncthreads();
+}
+
+// When the last block leaves, no one looks at the counter any more: the next launch finds it zero.
+__device__ __forceinline__ void leave(uint32_t* counter, int turn) {
+  const uint32_t all = gridDim.x * unsigned(turn);
+  if (threadIdx.x == 0 && atomicAdd(counter, 1u) == all - 1) atomicAdd(counter, 0u - all);
+}
+
+template <class T>
+__global__ void __launch_bounds__(THREADS, 1) all_phases(ClassTokens p, int row_numbers) {
+  Weights<T> weights(p, shared_memory(), row_numbers);
+  float* rows = reinterpret_cast<float*>(shared_memory() + RING_BYTES);
+  for (int phase = VALUES; phase < phases(p); ++phase) {
+    if (phase > VALUES) wait_for_blocks(p.counter, phase);
+    for (int index = 0; index < products(p, phase); ++index) {
+      const auto product = describe<T>(p, phase, index);
+      const Share share(p, phase, index, product.columns);
+      if (share.begin < share.end) run(weights, p, product, share, rows, group_rows(product.k, row_numbers));
+    }
+  }
+  leave(p.counter, phases(p));
+}
+
+}  // namespace
+
+int64_t class_tokens_workspace(int64_t clips, int frames, int c) {
+  return clips * c * (2 * frames + (frames > 1 ? 2 + EXPANSION : 0));
+}
+
+int class_tokens(const ClassTokens& p, void* stream) {
+  return with_type(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    // All that a block may have: then there is one for each multiprocessor.
+    int limit;
+    if (auto error = largest_shared_memory(limit)) return error;
+    const size_t longest = sizeof(float) * EXPANSION * p.c;
+    const size_t row_bytes = size_t(limit) < RING_BYTES + longest ? longest : limit - RING_BYTES;
+    const int useful = (EXPANSION * p.c / COLUMNS + WARPS - 1) / WARPS;
+    return launch_together(all_phases<T>, useful, THREADS, RING_BYTES + row_bytes, stream, p,
+                           int(row_bytes / sizeof(float)));
+  });
+}
+
+}  // namespace panda::cuda
