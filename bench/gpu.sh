@@ -45,7 +45,7 @@ fi
 # An extension built elsewhere serves: it is one binary for every torch from 2.11 and every Python 3.
 [[ -e panda_kernels/_cpu.so ]] || step build 120 env PANDA_KERNELS_BUILD=require "$PYTHON" setup.py build_ext --inplace
 step info 60 "$PYTHON" -m panda_kernels.cli info
-step tests 240 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_triton_ops.py
+step tests 240 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_triton_ops.py tests/test_triton_fp8.py
 step gpu 120 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests
 step verify 120 "$PYTHON" -m panda_kernels.cli verify
 step bench 180 "$PYTHON" -m pytest -q -p no:cacheprovider bench --device cuda --save "$OUT/results.jsonl"

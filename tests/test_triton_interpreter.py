@@ -37,6 +37,12 @@ def third(a, b, y, N: tl.constexpr):
 
 
 @triton.jit
+def to_e4m3(a, y, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(y + i, tl.load(a + i).to(tl.float8e4nv))
+
+
+@triton.jit
 def product(a, b, y, N: tl.constexpr):
     i = tl.arange(0, N)
     square = i[:, None] * 0 + i[None, :]
@@ -84,6 +90,21 @@ def test_bfloat16(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(result(kernel, expected), expected, rtol=1e-6 if name == "create_dot" else 0, atol=0)
     monkeypatch.setattr(interpreter.InterpreterBuilder, name, REPLACED[name])
     assert not torch.allclose(result(kernel, expected), expected, rtol=1e-3, atol=0)
+
+
+def test_e4m3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every number of it, everything halfway between two, what lies beyond, and NaN."""
+    every = torch.arange(0, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    positive = torch.cat([every, (every[1:] + every[:-1]) / 2, torch.tensor([500.0, torch.inf, torch.nan])])
+    a = torch.cat([positive, -positive])
+    expected = a.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    results = []
+    for _ in range(2):
+        y = torch.zeros(512, dtype=torch.float8_e4m3fn)
+        to_e4m3[(1,)](torch.cat([a, torch.zeros(512 - len(a))]), y, N=512)
+        results.append(y.view(torch.uint8)[:len(a)])
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fp_to_fp", REPLACED["create_fp_to_fp"])
+    assert torch.equal(results[0], expected) and not torch.equal(results[1], expected)
 
 
 def test_a_loop_to_a_loaded_bound(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,8 @@
 
 The interpreter keeps bfloat16 as bits in uint16 and, in 3.6 and 3.7, computes with them as if they were integers, cuts
 them off instead of rounding, and multiplies them in ``tl.dot``; none of it raises. Here an operation on bfloat16 is
-one in float32 with the result rounded to nearest, ties to even. TF32 is not emulated, nor are races.
+one in float32 with the result rounded to nearest, ties to even. To e4m3 it rounds ties up, and loses what a mantissa
+carries into the exponent; here it rounds as torch and saturates as a GPU. TF32 is not emulated, nor are races.
 """
 from __future__ import annotations
 
@@ -67,6 +68,18 @@ def _dot(method: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
     return repaired
 
 
+def _to_e4m3(method: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
+    @functools.wraps(method)
+    def repaired(self: InterpreterBuilder, source: TensorHandle, target: Any, rounding: Any) -> TensorHandle:
+        if target.scalar != tl.float8e4nv:
+            return method(self, source, target, rounding)
+        values = torch.from_numpy(np.array(_widen(source).data, np.float32, ndmin=1)).clamp(-448, 448)
+        bits = values.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        return TensorHandle(bits.reshape(np.shape(source.data)), tl.float8e4nv)
+
+    return repaired
+
+
 def _loop_bounds(patch_tensor: Callable[..., None]) -> Callable[..., None]:
     """Triton 3.6 makes a bound an int in a way that NumPy 2.4 no longer allows."""
 
@@ -106,6 +119,7 @@ if not REPLACED:
         _replace(InterpreterBuilder, _name, _in_float32, _operands)
     _replace(InterpreterBuilder, "cast_impl", _cast)
     _replace(InterpreterBuilder, "create_dot", _dot)
+    _replace(InterpreterBuilder, "create_fp_to_fp", _to_e4m3)
     _replace(interpreter, "_patch_lang_tensor", _loop_bounds)
     _replace(interpreter, "_patch_lang", _once_a_launch)
     # Every integer operation is otherwise done a second time, in int64, to look for overflows.

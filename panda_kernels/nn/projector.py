@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import backends, checkpoint, ops
+from .. import backends, checkpoint, fp8, ops
 from .folding import Folded, can_serve
 
 
@@ -18,6 +18,10 @@ class Projector(nn.Sequential):
 
     Attributes:
         backend: which implementation of the op to use, ``auto`` or a name of ``panda_kernels.backends.NAMES``.
+        products: ``native`` (the default), or ``fp8`` for both products in e4m3 (panda_kernels/fp8.py), whatever the
+            backend: on GPUs that multiply it, elsewhere emulated and slow. Only in inference; where a gradient is
+            wanted, in training mode, under autocast and in a compiled graph they stay native. Setting another name
+            raises ValueError.
 
     Source: SPEC stage 10.
     """
@@ -27,10 +31,21 @@ class Projector(nn.Sequential):
         super().__init__(nn.Linear(dim, out_dim, device=device, dtype=dtype), nn.GELU(),
                          nn.Linear(out_dim, out_dim, device=device, dtype=dtype))
         self.backend = "auto"
+        self.products = "native"
         self._prepared = Folded(self, _prepare)
+        self._quantised = Folded(self, _quantise)
+
+    @property
+    def products(self) -> str:
+        return self._products
+
+    @products.setter
+    def products(self, name: str) -> None:
+        self._products = fp8.checked("Projector", name)
 
     def train(self, mode: bool = True) -> Projector:
         self._prepared.clear()
+        self._quantised.clear()
         return super().train(mode)
 
     @classmethod
@@ -53,7 +68,10 @@ class Projector(nn.Sequential):
             ValueError: a wrong width, no tokens, or tensors on several devices.
             TypeError: dtypes that differ.
         """
-        server = _preparing_backend(self) if self._can_prepare(x) else None
+        can_prepare = self._can_prepare(x)
+        if can_prepare and self.products == "fp8":
+            return _by_fp8(x, *self._quantised.get())
+        server = _preparing_backend(self) if can_prepare else None
         if server is None:
             return ops.token_mlp(x, *_weights(self), backend=self.backend)
         return server.run(self._prepared.get(), x)
@@ -78,3 +96,13 @@ def _preparing_backend(projector: Projector) -> Any:
 
 def _prepare(projector: Projector) -> Any:
     return _preparing_backend(projector).prepare(*_weights(projector))
+
+
+def _quantise(projector: Projector) -> tuple[fp8.Fp8Weight, fp8.Fp8Weight]:
+    w1, b1, w2, b2 = _weights(projector)
+    return fp8.prepare(w1, b1), fp8.prepare(w2, b2)
+
+
+def _by_fp8(x: Tensor, first: fp8.Fp8Weight, last: fp8.Fp8Weight) -> Tensor:
+    hidden = fp8.product(fp8.quantise(x), first, x.dtype)
+    return fp8.product(fp8.quantise(hidden, gelu=True), last, x.dtype).view(*x.shape[:-1], -1)

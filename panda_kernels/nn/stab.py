@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import backends, checkpoint, ops
+from .. import backends, checkpoint, fp8, ops
 from ..checks import Checks
 from ..ops._rectangle_values import check_corners
 from ..rectangles import Rectangles
+from . import lste_fp8
 from .folding import Folded, can_fold, can_serve
 from .fsra import FSRA
 from .gstra import GSTRA
@@ -45,6 +46,10 @@ class STAB(nn.Module):
     Attributes:
         backend: which implementation of the ops to use, ``auto`` or a name of ``panda_kernels.backends.NAMES``.
             Setting it sets it for the parts as well.
+        products: ``native`` (the default), or ``fp8`` for LSTE's two pointwise products in e4m3 (panda_kernels/fp8.py):
+            on GPUs that multiply it, elsewhere emulated and slow. The tower is then composed of its ops. Only in
+            inference, by running statistics; where a gradient is wanted, in training mode, under autocast and in a
+            compiled graph they stay native. Setting another name raises ValueError.
 
     In evaluation mode without gradients, what depends on the weights alone is computed once and kept until a weight
     changes. Torch does not notice writes through ``tensor.data``; call ``eval()`` after them.
@@ -75,7 +80,9 @@ class STAB(nn.Module):
         self.proj = nn.Sequential(nn.LayerNorm(dim, **factory), nn.Dropout(dropout), nn.Linear(dim, dim, **factory))
         self._folded = Folded(self, _fold)
         self._streamed = Folded(self, _prepare_streamed)
+        self._encoding = Folded(self, _quantise_encoding)
         self.backend = "auto"
+        self.products = "native"
 
     @classmethod
     def from_checkpoint(cls, path: str | PathLike[str], *, dtype: torch.dtype | None = None,
@@ -112,9 +119,18 @@ class STAB(nn.Module):
         for part in (self.dec, self.local_attention, self.global_attention):
             part.backend = name
 
+    @property
+    def products(self) -> str:
+        return self._products
+
+    @products.setter
+    def products(self, name: str) -> None:
+        self._products = fp8.checked("STAB", name)
+
     def train(self, mode: bool = True) -> STAB:
         self._folded.clear()
         self._streamed.clear()
+        self._encoding.clear()
         return super().train(mode)
 
     def forward(self, pixel_values: Tensor, rectangles: Rectangles | None = None, *,
@@ -175,7 +191,7 @@ class STAB(nn.Module):
 
     def _stream(self, pixel_values: Tensor, rectangles: Rectangles, present: Tensor | None) -> Tensor | None:
         """The tower in one call, where a backend streams it through its caches; None where it is to be composed."""
-        if not self._can_stream(pixel_values):
+        if not self._can_stream(pixel_values) or self._encodes_by_fp8(pixel_values):
             return None
         server = _streaming_backend(self)
         if server is None:
@@ -188,6 +204,9 @@ class STAB(nn.Module):
         """Streaming is for inference, by running statistics."""
         norm: Any = self.lmhra1.pos_embed[0]
         return not norm.training and can_serve(self, pixel_values)
+
+    def _encodes_by_fp8(self, pixel_values: Tensor) -> bool:
+        return self.products == "fp8" and pixel_values.shape[1] > 1 and self._can_stream(pixel_values)
 
     def _check_rectangles(self, pixel_values: Tensor, rectangles: Rectangles) -> None:
         """What the ops of the composed tower check themselves."""
@@ -204,7 +223,10 @@ class STAB(nn.Module):
         x3 = ops.patch_embed(pixel_values, self.patch_embedding.weight, present=present, backend=self.backend)
         g = None
         if x3.shape[1] > 1:
-            x2 = encode(x3, self.lmhra1, self.dpe, affine=folded.norm, backend=self.backend)
+            if self._encodes_by_fp8(pixel_values):
+                x2 = lste_fp8.encode(x3, self._encoding.get(), backend=self.backend)
+            else:
+                x2 = encode(x3, self.lmhra1, self.dpe, affine=folded.norm, backend=self.backend)
             g = self.dec(self.temporal_cls_token, x2.flatten(1, 3), folded=folded.gstra)
             x3 = x2 + x3
         y = self.local_attention(x3.flatten(0, 1), rectangles)
@@ -240,6 +262,10 @@ def _fold(tower: STAB) -> _FoldedWeights:
         gstra=tower.dec.fold(tower.temporal_cls_token),
         fsra=tower.global_attention.fold(tower.class_embedding),
     )
+
+
+def _quantise_encoding(tower: STAB) -> lste_fp8.Fp8Encoding:
+    return lste_fp8.prepare(tower.lmhra1, tower.dpe)
 
 
 def _streaming_backend(tower: STAB) -> Any:

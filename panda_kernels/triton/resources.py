@@ -3,8 +3,8 @@
     python -m panda_kernels.triton.resources FILE [--sample]
 
 Runs every op that has a Triton backend, forward and backward, on meta tensors of the sizes that its specification
-names for benchmarks and for this table, and compiles each different launch for each target, of a sample for one of
-them. FILE becomes a table; a broken limit is an error.
+names for benchmarks and for this table, and FP8's quantisation, which is no op; compiles each different launch for each
+target, of a sample for one of them. FILE becomes a table; a broken limit is an error.
 """
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ._launch import Launch, recorded
 
 PROCESSES = 2
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32",
-          torch.int64: "i64", torch.uint8: "u8", torch.bool: "i1"}
+          torch.int64: "i64", torch.uint8: "u8", torch.bool: "i1", torch.float8_e4m3fn: "fp8e4nv"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,10 @@ TARGETS = {
     "gfx942": Target("hip", "gfx942", 64, 64 << 10, r"v_mfma"),
 }
 NO_SPILLS = ("sm_80", "sm_90", "sm_100")
+WITH_E4M3 = ("sm_90", "sm_100", "sm_120")
+# Widths of what is quantised: tokens, LSTE's bottleneck and the projector's hidden layer, then those of other towers.
+QUANTISED = (1024, 688, 4096)
+QUANTISED_ELSEWHERE = (1152, 768, 1408, 944)
 SOURCES = "Fingerprint of the kernels:"
 
 
@@ -94,10 +98,11 @@ class _Shapes(Draw):
 
 
 def cases() -> Iterator[tuple[Launch, tuple[str, ...]]]:
-    """Every different launch of every op, and the targets it is compiled for.
+    """Every different launch of every op and of FP8's quantisation, and the targets it is compiled for.
 
     At the sizes of the benchmarks, in float32 and bfloat16, these are all; in float16, and at the further sizes a
-    specification names for this table, those where nothing may spill.
+    specification names for this table, those where nothing may spill. FP8's quantisation comes last, for those that
+    have e4m3.
     """
     from ..ops import SPECS
 
@@ -114,6 +119,18 @@ def cases() -> Iterator[tuple[Launch, tuple[str, ...]]]:
                 if (case := (launch.kernel, *_describe(launch))) not in seen:
                     seen.add(case)
                     yield launch, targets
+    yield from ((launch, WITH_E4M3) for launch in _quantisations())
+
+
+def _quantisations() -> list[Launch]:
+    from .fp8 import quantise
+
+    runs = [(width, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16) for width in QUANTISED]
+    runs += [(width, torch.bfloat16) for width in QUANTISED_ELSEWHERE]
+    with recorded() as found:
+        for width, dtype in runs:
+            quantise(torch.empty(16, width, dtype=dtype, device="meta"), width, gelu=width == QUANTISED[2])
+    return found
 
 
 def _launches_of(op: str, sizes: Mapping[str, Any], dtype: torch.dtype) -> list[Launch]:

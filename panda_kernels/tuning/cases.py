@@ -1,5 +1,5 @@
-"""The calls that a tuner times: every op at a size of its specification, and the streamed tower, with what each must
-give."""
+"""The calls that a tuner times: every op at a size of its specification, the streamed tower and FP8's quantisation,
+with what each must give."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends, ops
+from .. import backends, fp8, ops
 from ..nn import STAB
 from ..rectangles import Rectangles
 from ..spec import Draw, OpSpec, Tolerance
@@ -24,6 +25,9 @@ TOWER_SIZES = {
     "clips4": {"dim": 1024, "clips": 4, "frames": 4, "patches": 32},
     "small": {"dim": 64, "clips": 1, "frames": 4, "patches": 4},
 }
+FP8 = "fp8"
+# Rows of what is quantised: LSTE's tokens and its bottleneck, and the projector's hidden layer.
+FP8_SIZES = {"clips2": {"tokens": (8192, 1024), "bottleneck": (8192, 688), "hidden": (2184, 4096)}}
 PATCH, WINDOW = 14, 2
 
 
@@ -49,13 +53,15 @@ class Case:
 
 
 def names() -> tuple[str, ...]:
-    return (*ops.SPECS, TOWER)
+    return (*ops.SPECS, TOWER, FP8)
 
 
 def sizes_of(op: str) -> dict[str, Any]:
     """The sizes an op can be tuned at, by name; the first is what it is tuned at unless told otherwise."""
     if op == TOWER:
         return dict(TOWER_SIZES)
+    if op == FP8:
+        return dict(FP8_SIZES)
     return {**ops.SPECS[op].bench_sizes, **ops.SPECS[op].test_sizes}
 
 
@@ -63,7 +69,10 @@ def cases_of(op: str, size: str, backend: str, device: str) -> Iterator[Case]:
     """Forward and backward in each dtype, as far as the backend serves them."""
     for dtype in DTYPES:
         label = f"{op} {size} {str(dtype).removeprefix('torch.')}"
-        if op != TOWER:
+        if op == FP8:
+            if fp8.has_products(torch.device(device)):
+                yield fp8_case(dtype, label, device, **FP8_SIZES[size])
+        elif op != TOWER:
             yield from _op_cases(ops.SPECS[op], size, dtype, backend, device, label)
         elif backend == "cpu":  # elsewhere it is composed of the ops
             yield _tower_case(dtype, label, **TOWER_SIZES[size])
@@ -109,3 +118,18 @@ def _tower_case(dtype: torch.dtype, label: str, *, dim: int, clips: int, frames:
 
 def _tokens(tower: STAB, pixels: Tensor, rectangles: Rectangles) -> Sequence[Tensor]:
     return [tower(pixels, rectangles).tokens]
+
+
+def fp8_case(dtype: torch.dtype, label: str, device: str, *, tokens: tuple[int, int], bottleneck: tuple[int, int],
+             hidden: tuple[int, int]) -> Case:
+    """Every quantisation of the modules in one call."""
+    inputs = [Draw(0, dtype)(*shape).to(device) for shape in (tokens, bottleneck, hidden)]
+
+    def call() -> Sequence[Tensor]:
+        found = [fp8.quantise(x, gelu=x is inputs[2]) for x in inputs]
+        return [rows.values[:, :x.shape[1]].float() * rows.scales for rows, x in zip(found, inputs, strict=True)]
+
+    def exactly() -> Sequence[Tensor]:
+        return [F.gelu(x.double()) if x is inputs[2] else x.double() for x in inputs]
+
+    return Case(label, call, exactly, dtype, Tolerance(), False)
