@@ -1,4 +1,4 @@
-"""The CUDA backend on CPU tensors: csrc/cuda compiled by a C++ compiler with cudalibrary.h, behind its own bindings.
+"""The CUDA backend on CPU tensors: csrc/cuda compiled by a C++ compiler with cuda_emulation.h, behind its own bindings.
 
 The library is cached by the content of the sources. Importing this registers the ops ``panda_kernels_cuda``.
 """
@@ -29,7 +29,7 @@ def build() -> Path:
     sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "csrc" / "cuda_bindings.cpp",
                *sorted((ROOT / "tests").glob("cuda_*.cpp"))]
     headers = [*sorted((ROOT / "csrc" / "cuda").glob("*.h")), ROOT / "csrc" / "expect.h",
-               ROOT / "tests" / "cudalibrary.h"]
+               ROOT / "tests" / "cuda_emulation.h"]
     digest = hashlib.sha256(repr((compiler, FLAGS, torch.__version__)).encode())
     for file in (*sources, *headers):
         digest.update(file.name.encode() + file.read_bytes())
