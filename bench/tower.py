@@ -11,7 +11,7 @@ from torch import Tensor
 
 import python_ref
 from bench.peers import VectorisedSTAB, compiled
-from panda_kernels.nn import STAB, Projector
+from panda_kernels.nn import STAB, Projector, VisualPath
 from panda_kernels.spec import Cost, Draw, Tolerance, relative_error
 from panda_kernels.verify import seeded_tower
 
@@ -98,12 +98,9 @@ def contenders(dtype: torch.dtype, *, device: str, projected: bool = False, with
     peers = {"reference": packed(reference, modules), "vectorised": packed(VectorisedSTAB(reference), modules)}
     if with_compiled:
         peers["compiled"] = packed(compiled(reference), modules)
-
-    def ours(pixel_values: Tensor) -> Tensor:
-        tokens = tower(pixel_values).tokens
-        return projector(tokens) if projected else tokens
-
-    return Contenders(dtype, device, ours, {peer_name(name, dtype, device): run for name, run in peers.items()})
+    path = VisualPath(tower, projector if projected else None)
+    return Contenders(dtype, device, lambda pixel_values: path(pixel_values).tokens,
+                      {peer_name(name, dtype, device): run for name, run in peers.items()})
 
 
 def errors(case: Case, contest: Contenders, projected: bool) -> Errors:
@@ -168,7 +165,7 @@ def reference_modules(dtype: torch.dtype, device: str) -> tuple[python_ref.STAB,
 
 @functools.cache
 def our_modules(dtype: torch.dtype, device: str) -> tuple[STAB, Projector]:
-    tower, head = STAB(DIM).to(dtype).eval(), Projector(DIM, PROJECTED).to(dtype)
+    tower, head = STAB(DIM).to(dtype).eval(), Projector(DIM, PROJECTED).to(dtype).eval()
     for module, source in zip((tower, head), weights(), strict=True):
         module.to(device).load_state_dict(source.state_dict())
     return tower, head

@@ -8,6 +8,7 @@ from.
 """
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import json
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .nn import STAB, Projector, split_chunks
+from .nn import STAB, Projector, VisualPath, split_chunks
 from .rectangles import Rectangles
 from .video import EXTRA, Clip, VideoError, read_clip
 
@@ -46,9 +47,13 @@ class OutputError(RuntimeError):
 class Model:
     """A tower in evaluation mode, the projector after it if one is wanted, and the name of their weights."""
 
-    tower: nn.Module
-    projector: nn.Module | None
+    tower: STAB
+    projector: Projector | None
     weights: str
+
+    @functools.cached_property
+    def path(self) -> VisualPath:
+        return VisualPath(self.tower, self.projector)
 
     def describe(self) -> dict[str, str]:
         parameter = next(self.tower.parameters())
@@ -86,7 +91,7 @@ def load_model(
     Raises:
         ValueError: a projector is wanted without a checkpoint; also whatever ``from_checkpoint`` raises.
     """
-    head: nn.Module | None = None
+    head: Projector | None = None
     if weights is not None:
         tower = STAB.from_checkpoint(weights, dtype=dtype, device=device)
         if projector:
@@ -102,7 +107,7 @@ def load_model(
     for module in (tower, head):
         if module is not None:
             module.eval()
-            module.backend = backend  # type: ignore[assignment]
+            module.backend = backend
     return Model(tower, head, name)
 
 
@@ -113,10 +118,7 @@ def encode_clip(model: Model, clip: Clip) -> Tokens:
     pixels = split_chunks(clip.channels_first[None].to(device))
     present = split_chunks(clip.present[None].to(device))
     rectangles = Rectangles.from_corners(clip.corners, device=device)
-    tokens, cu_seqlens, grid = model.tower(pixels, rectangles, present=present)
-    if model.projector is not None:
-        tokens = model.projector(tokens)
-    return Tokens(tokens, cu_seqlens, grid)
+    return Tokens(*model.path(pixels, rectangles, present=present))
 
 
 def encode_videos(inputs: Sequence[Path], out: Path, model: Model, *, frames: int = 8, size: int = 448) -> int:

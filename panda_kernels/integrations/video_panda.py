@@ -14,8 +14,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import backends
-from ..nn import STAB
+from ..nn import STAB, STABOutput
+from ..nn.graphs import Graphs
 from ..nn.lste import NORMS
+from ..nn.visual_path import GRAPHS, by_graphs, is_hooked
 from ..rectangles import Rectangles
 
 RELEASED = "VideoTokenizer"
@@ -23,7 +25,6 @@ PARTS = ("patch_embedding", "lmhra1", "dpe", "dec", "local_attention", "global_a
          "split_embedding", "temporal_cls_token", "balance")
 # Containers whose arithmetic is ours; every module directly below them is taken over as it is.
 _OURS = ("lmhra1", "lmhra2", "dec", "local_attention", "global_attention")
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 @dataclass
@@ -53,8 +54,9 @@ class PandaTower(STAB):
     Attributes that the library's tower lacks, such as ``image_processor`` or ``hidden_size``, are the released one's.
     """
 
-    def __init__(self, released: nn.Module, options: dict[str, Any]) -> None:
+    def __init__(self, released: nn.Module, options: dict[str, Any], graphs: int) -> None:
         super().__init__(**options, device="meta")
+        self._graphs = Graphs(graphs)
         # Past nn.Module's registration: it is no part of this module, and its weights are here already.
         self.__dict__["_released"] = released
         for name in self._parameters:
@@ -76,6 +78,11 @@ class PandaTower(STAB):
                 return getattr(self.__dict__["_released"], name)
             raise
 
+    def train(self, mode: bool = True) -> PandaTower:
+        self._graphs.clear()
+        super().train(mode)
+        return self
+
     def forward(self, pixel_values: Tensor,  # type: ignore[override]
                 modules: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Pixels and mask ``[B, T, 4, H, W]`` -> two lists over the frames ``b * T + t``.
@@ -83,12 +90,14 @@ class PandaTower(STAB):
         The first holds ``modules(tokens)`` of each frame's ``[1 + h' * (w' + 1), C]`` tokens, the second its
         ``LongTensor([h', w'])`` on the tower's device. Images are ``[B, 1, 4, H, W]``. Raises as :class:`STAB` does.
         """
-        self._check(pixel_values, None, None)
-        rectangles = Rectangles.from_mask(pixel_values[:, :, 3].detach(), self.patch, self.window)
+        rectangles = self.rectangles(pixel_values)
         # Read before the tower is launched: afterwards reading would wait for all of it.
         lengths = rectangles.cu_seqlens(self.window).diff().tolist()
-        tokens, _, grid = super().forward(pixel_values, rectangles)
+        tokens, _, grid = by_graphs(self._graphs, self, None, self._run, pixel_values, rectangles, None)
         return [modules(frame) for frame in tokens.split(lengths)], list(grid)
+
+    def _run(self, pixel_values: Tensor, rectangles: Rectangles | None, present: Tensor | None) -> STABOutput:
+        return super().forward(pixel_values, rectangles, present=present)
 
     def restored(self) -> nn.Module:
         """The released module, with the parameters and modes as they are here by now."""
@@ -119,7 +128,7 @@ class Handle:
         self._places = []
 
 
-def patch(model: nn.Module, *, backend: str = "auto") -> Handle:
+def patch(model: nn.Module, *, backend: str = "auto", graphs: int = GRAPHS) -> Handle:
     """Replace every released ``VideoTokenizer`` inside ``model`` by :class:`PandaTower`, in place.
 
     Parameters and buffers stay the very same objects, so optimizers and saved state dicts carry on; devices and
@@ -128,9 +137,12 @@ def patch(model: nn.Module, *, backend: str = "auto") -> Handle:
     Args:
         model: any module that holds towers, at any depth.
         backend: of the replaced towers, ``auto`` or a name of ``panda_kernels.backends.NAMES``.
+        graphs: of how many shapes each tower keeps a CUDA graph, as :class:`panda_kernels.nn.VisualPath` does; 0
+            records none.
 
     Raises:
         BackendError: there is no such backend, or it cannot be used on this machine.
+        ValueError: a negative number of graphs.
     """
     if backend != "auto" and (reason := backends.status().get(backend, "no such backend")):
         raise backends.BackendError(f"patch: backend {backend!r}: {reason}")
@@ -141,13 +153,13 @@ def patch(model: nn.Module, *, backend: str = "auto") -> Handle:
     for parent, name, path in list(_released_towers(model)):
         released = parent.get_submodule(name)
         if released not in towers:
-            towers[released] = _replacement(released, backend)
+            towers[released] = _replacement(released, backend, graphs)
         tower = towers[released]
         if isinstance(tower, str):
             report.skipped[path] = tower
             continue
         report.replaced.append(path)
-        report.dropped += [f"{path}.{inner}".rstrip(".") for inner, part in released.named_modules() if _hooked(part)]
+        report.dropped += [f"{path}.{inner}".rstrip(".") for inner, part in released.named_modules() if is_hooked(part)]
         parent._modules[name] = tower
         places.append((parent, name, tower))
     return Handle(report, places)
@@ -160,7 +172,7 @@ def _released_towers(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
                 yield parent, name, f"{prefix}.{name}".lstrip(".")
 
 
-def _replacement(released: nn.Module, backend: str) -> PandaTower | str:
+def _replacement(released: nn.Module, backend: str, graphs: int) -> PandaTower | str:
     """Our tower in place of ``released``, or why it cannot be."""
     if lacking := [part for part in PARTS if not hasattr(released, part)]:
         return f"has no {', '.join(lacking)}"
@@ -182,7 +194,7 @@ def _replacement(released: nn.Module, backend: str) -> PandaTower | str:
               if type(ours).__module__.startswith("torch.") and not _like(ours, theirs.get(name))]
     if faults:
         return "; ".join(faults)
-    tower = PandaTower(released, options)
+    tower = PandaTower(released, options, graphs)
     tower.backend = backend
     return tower
 
@@ -204,10 +216,6 @@ def _options(released: Any) -> dict[str, Any]:
         "num_heads": num_heads,
         "gstra_heads": released.dec.attn.num_heads,
     }
-
-
-def _hooked(module: nn.Module) -> bool:
-    return "forward" in module.__dict__ or any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def _copy_modes(source: nn.Module, target: nn.Module) -> None:

@@ -6,5 +6,6 @@ from .lsd import LSD
 from .lste import LSTE
 from .projector import Projector
 from .stab import STAB, STABOutput
+from .visual_path import VisualPath
 
-__all__ = ["FSRA", "GSTRA", "LSD", "LSTE", "STAB", "Projector", "STABOutput", "split_chunks"]
+__all__ = ["FSRA", "GSTRA", "LSD", "LSTE", "STAB", "Projector", "STABOutput", "VisualPath", "split_chunks"]

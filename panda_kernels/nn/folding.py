@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..ops._autocast import is_autocasting
+from .cuda_graph import is_recording
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
@@ -69,6 +70,8 @@ class Folded(Generic[M, T]):
             return self._build(tensors)
         key = (_steps, getattr(self.module, "backend", None), [_identity(t) for t in tensors])
         if self._kept is None or self._kept[0] != key:
+            if is_recording(tensors[0].device):  # what is only noted down has no value yet
+                return self._build(tensors)
             # The weak references keep a freed storage's identity from being given to a new one.
             references = [StorageWeakRef(t.untyped_storage()) for t in tensors]
             self._kept = (key, references, self._build(tensors))

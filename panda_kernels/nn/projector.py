@@ -76,6 +76,11 @@ class Projector(nn.Sequential):
             return ops.token_mlp(x, *_weights(self), backend=self.backend)
         return server.run(self._prepared.get(), x)
 
+    def constants(self) -> object:
+        """What inference keeps of the weights: another object after a change of them or of ``products``, and after
+        ``eval()``."""
+        return (self._quantised if self.products == "fp8" else self._prepared).get()
+
     def _can_prepare(self, x: Tensor) -> bool:
         """Inference on tokens that need no check by the op: packed weights can be kept from call to call."""
         weight = _weights(self)[0]
@@ -95,7 +100,9 @@ def _preparing_backend(projector: Projector) -> Any:
 
 
 def _prepare(projector: Projector) -> Any:
-    return _preparing_backend(projector).prepare(*_weights(projector))
+    """The weights as the backend that packs them wants them; as they are where none does."""
+    server = _preparing_backend(projector)
+    return _weights(projector) if server is None else server.prepare(*_weights(projector))
 
 
 def _quantise(projector: Projector) -> tuple[fp8.Fp8Weight, fp8.Fp8Weight]:

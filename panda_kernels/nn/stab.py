@@ -154,16 +154,29 @@ class STAB(nn.Module):
             TypeError: pixels neither floating nor uint8, or ``present`` not bool.
             BackendError: the backend cannot serve the call.
         """
-        self._check(pixel_values, rectangles, present)
-        if rectangles is None:
-            mask = pixel_values[:, :, 3].detach()
-            if present is not None:
-                mask = mask * present[:, :, None, None]
-            rectangles = Rectangles.from_mask(mask, self.patch, self.window)
+        rectangles = self.rectangles(pixel_values, rectangles, present=present)
         tokens = self._stream(pixel_values, rectangles, present)
         if tokens is None:
             tokens = self._compose(pixel_values, rectangles, present)
         return STABOutput(tokens, rectangles.cu_seqlens(self.window), rectangles.grid(self.window))
+
+    def rectangles(self, pixel_values: Tensor, given: Rectangles | None = None, *,
+                   present: Tensor | None = None) -> Rectangles:
+        """Those of a call of :meth:`forward`: ``given``, or the mask's, which waits for the device once.
+
+        Arguments, and what is raised, are those of :meth:`forward`.
+        """
+        self._check(pixel_values, given, present)
+        if given is not None:
+            return given
+        mask = pixel_values[:, :, 3].detach()
+        if present is not None:
+            mask = mask * present[:, :, None, None]
+        return Rectangles.from_mask(mask, self.patch, self.window)
+
+    def constants(self) -> object:
+        """What inference keeps of the weights: another object after a change of them, and after ``eval()``."""
+        return self._folded.get()
 
     def _check(self, pixel_values: Tensor, rectangles: Rectangles | None, present: Tensor | None) -> None:
         check = Checks("STAB")
