@@ -13,7 +13,7 @@ from torch import Tensor
 from panda_kernels.spec import Tolerance, relative_error
 
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}  # as device.h counts them
-GUARD = 64  # numbers before and after the result
+GUARD = 64  # rows before and after the result: as many as a block has windows
 
 @pytest.fixture(scope="module")
 def attend() -> Any:
@@ -70,23 +70,23 @@ def run(attend: Any, call: Call, backwards: bool, shared_memory: int) -> Tensor:
     wide = tokens(call).double()
     norms = torch.stack([wide.mean(-1), (wide.var(-1, unbiased=False) + 1e-5).rsqrt()]).transpose(1, 2)
     norms = norms.float().contiguous()
-    guarded = torch.full([windows * C + 2 * GUARD], float("nan"), dtype=call.q.dtype)
+    guarded = torch.full([windows + 2 * GUARD, C], float("nan"), dtype=call.q.dtype)
     out = guarded[GUARD:-GUARD]
     arguments = [call.x, call.places, norms, *call[2:6], out]
     error = attend(DTYPES[call.q.dtype], *(t.data_ptr() for t in arguments), windows, call.x.shape[1], C, call.heads,
                    call.scale, backwards, shared_memory)
     assert error == 0
     assert guarded[:GUARD].isnan().all() and guarded[-GUARD:].isnan().all()
-    return out.view(windows, C)
+    return out
 
 
 # Devices with 227 KB keep all chunks of tokens of these; with 99 KB, and less still, some are read again, and only two
 # chunks of weights are on their way.
 @pytest.mark.parametrize("backwards", [False, True], ids=["forwards", "backwards"])
 @pytest.mark.parametrize(("windows", "C", "heads", "dtype", "kilobytes"), [
-    pytest.param(65, 128, 8, torch.bfloat16, 227, id="padded-head"),
+    pytest.param(33, 128, 8, torch.bfloat16, 227, id="padded-head"),
     pytest.param(1, 64, 2, torch.float16, 227, id="one-window"),
-    pytest.param(70, 192, 4, torch.float16, 72, id="48-of-64-columns"),
+    pytest.param(65, 192, 4, torch.float16, 72, id="48-of-64-columns"),
     pytest.param(64, 256, 2, torch.bfloat16, 227, id="1024-wide-heads"),
     pytest.param(30, 256, 2, torch.bfloat16, 99, id="1024-wide-heads-small-device"),
     pytest.param(20, 288, 2, torch.float16, 163, id="1152-wide-heads"),
