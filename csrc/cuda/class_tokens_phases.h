@@ -14,8 +14,7 @@ __device__ __forceinline__ int phases(const ClassTokens& p) { return p.frames > 
 template <class T>
 struct Product {
   const T* w;  // [columns, k]
-  int columns, k;
-  int64_t rows;
+  int columns, k, rows;
   // x: an affine of pooled tokens; or `from`; or, if there is a balance, a mix of `from` of the clip and `frame` of the
   // frame. The last two are normalised if there is a norm.
   const T* pooled;
@@ -86,7 +85,7 @@ __device__ __forceinline__ Product<T> describe(const ClassTokens& p, int phase, 
   Product<T> product{};
   product.columns = product.k = product.stride = p.c;
   const bool of_frames = phase == FUSION || (phase == VALUES && index < p.frame.heads) || (phase == OUTPUTS && !index);
-  product.rows = of_frames ? p.clips * p.frames : p.clips;
+  product.rows = int(p.clips) * (of_frames ? p.frames : 1);
   if (phase == VALUES && of_frames) {
     set_values(product, p, p.frame, p.frame_pooled, workspace.frame_values, index);
   } else if (phase == VALUES) {
