@@ -21,34 +21,8 @@ namespace {
 
 using namespace tail;
 
-constexpr int WARPS = 8, THREADS = 32 * WARPS, COLUMNS = 2, ROWS = 16, DEPTH = 8;
+constexpr int THREADS = 32 * WARPS, ROWS = 16, DEPTH = 8;
 constexpr size_t RING_BYTES = size_t(WARPS) * DEPTH * COLUMNS * 32 * 16;
-
-__device__ __forceinline__ int units(int columns) { return (columns + COLUMNS - 1) / COLUMNS; }
-
-// What a block has to do of a product, in units of COLUMNS columns, and which of these a warp begins with. A phase's
-// units lie one after another, an equal part for each block, so that a block meets few heads.
-struct Share {
-  int begin, end, first;
-
-  __device__ __forceinline__ Share(const ClassTokens& p, int phase, int index, int columns) {
-    const int whole = units(p.c), block = int(blockIdx.x), blocks = int(gridDim.x), warp = int(threadIdx.x) / 32;
-    const int of_frame = units(p.c / p.frame.heads);
-    int before = index * whole, total = products(p, phase) * whole;
-    if (phase == HIDDEN) total = units(EXPANSION * p.c);
-    if (phase == VALUES) {
-      const int all_frames = p.frame.heads * of_frame;
-      before = index < p.frame.heads ? index * of_frame : all_frames + (index - p.frame.heads) * units(columns);
-      total = all_frames + (p.frames > 1 ? p.clip.heads * units(p.c / p.clip.heads) : 0);
-    }
-    const int from = total * block / blocks, to = total * (block + 1) / blocks;
-    begin = (from > before ? from : before) - before;
-    end = (to < before + units(columns) ? to : before + units(columns)) - before;
-    // Every other phase begins with the other half of the warps: the last two have units for half of them only.
-    const int turn = begin + before - from + phase * (WARPS / 2);
-    first = begin + (warp + WARPS - turn % WARPS) % WARPS;
-  }
-};
 
 // Rows that are staged together.
 __device__ __forceinline__ int group_rows(int k, int row_numbers) {
@@ -107,6 +81,7 @@ class Weights {
   }
 
   __device__ __forceinline__ void next_product() {
+#pragma unroll 1
     do {
       if (++index == products(p, phase)) {
         index = 0;
@@ -387,8 +362,10 @@ template <class T>
 __global__ void __launch_bounds__(THREADS, 1) all_phases(ClassTokens p, int row_numbers) {
   Weights<T> weights(p, shared_memory(), row_numbers);
   float* rows = reinterpret_cast<float*>(shared_memory() + RING_BYTES);
+#pragma unroll 1  // one copy of all this is long enough
   for (int phase = VALUES; phase < phases(p); ++phase) {
     if (phase > VALUES) wait_for_blocks(p.counter, phase);
+#pragma unroll 1
     for (int index = 0; index < products(p, phase); ++index) {
       const auto product = describe<T>(p, phase, index);
       const Share share(p, phase, index, product.columns);
