@@ -138,25 +138,42 @@ inline void make_block(dim3 index, unsigned count, size_t shared_bytes) {
   machine->blocks.push_back(std::move(block));
 }
 
-inline void run_to_the_end() {
+// Every thread from `first` that can go on does so up to the next collective; whether any is unfinished.
+inline bool run_block(size_t first, size_t count) {
   auto& threads = machine->threads;
+  bool unfinished = false;
+  for (size_t i = first; i < first + count; ++i) {
+    Thread* thread = threads[backwards ? threads.size() - 1 - i : i].get();
+    if (thread->finished) continue;
+    unfinished = true;
+    if (thread->barrier && thread->barrier->turn == thread->turn) continue;
+    machine->current = thread;
+    swapcontext(&machine->scheduler, &thread->context);
+  }
+  return unfinished;
+}
+
+// A block runs as far as it can before the next one does: so it is far ahead of it where it should have waited.
+inline void run_to_the_end() {
+  const size_t count = machine->blocks.empty() ? 1 : machine->blocks[0]->threads;
   for (bool unfinished = true; unfinished;) {
     unfinished = false;
     const uint64_t before = machine->events;
-    for (size_t i = 0; i < threads.size(); ++i) {
-      Thread* thread = threads[backwards ? threads.size() - 1 - i : i].get();
-      if (thread->finished) continue;
-      unfinished = true;
-      if (thread->barrier && thread->barrier->turn == thread->turn) continue;
-      machine->current = thread;
-      swapcontext(&machine->scheduler, &thread->context);
+    for (size_t first = 0; first < machine->threads.size(); first += count) {
+      uint64_t seen;
+      bool waits;
+      do {
+        seen = machine->events;
+        waits = run_block(first, count);
+      } while (machine->events != seen);
+      unfinished |= waits;
     }
     if (unfinished && machine->events == before) {
       std::fprintf(stderr, "cuda_emulation: a deadlock: some threads wait for others that will never come\n");
       std::abort();
     }
   }
-  threads.clear();
+  machine->threads.clear();
   machine->blocks.clear();
 }
 

@@ -1,4 +1,17 @@
-// HEADER
+// Five phases of products that need one another's results, of a few rows each: bound by reading the weights once, 13
+// C^2 numbers, 27 MB for C = 1024 in 16 bits: 9 us at an H100's 3 TB/s. Four waits of all blocks for one another lie
+// between the phases.
+//
+// What a phase waits for are its rows, never its weights: each warp copies the weights it will need in a ring in shared
+// memory, of which 7 KB are under way whatever the warp itself waits for: 7 MB on all multiprocessors, one or two
+// phases ahead. What is left between the bytes is latency, predicted as 1 to 1.5 us to stage and normalise the rows,
+// 0.5 us of products and 1 to 1.5 us to wait for all blocks: 13 to 16 us for 8 frames of two clips, against 25 launches
+// of 2 to 3 us each that it replaces. Rows in shared memory are read 8 R cycles a step for R rows, twice what their
+// products take: 3 us in all for 8 frames, 25 us for 64. Images have the first two phases only: 4 MB, predicted as 5
+// us.
+//
+// A warp takes COLUMNS columns of y = x w^T at a time, lanes share out k. A row's sums are made in one order, whatever
+// the number of rows, of blocks and of rows that are staged together.
 #include "class_tokens.h"
 
 #include "class_tokens_phases.h"
@@ -9,34 +22,8 @@ namespace {
 
 using namespace tail;
 
-constexpr int WARPS = 8, THREADS = 32 * WARPS, COLUMNS = 2, ROWS = 16, DEPTH = 8;
+constexpr int THREADS = 32 * WARPS, ROWS = 16, DEPTH = 8;
 constexpr size_t RING_BYTES = size_t(WARPS) * DEPTH * COLUMNS * 32 * 16;
-
-__device__ __forceinline__ int units(int columns) { return (columns + COLUMNS - 1) / COLUMNS; }
-
-// What a block has to do of a product, in units of COLUMNS columns, and which of these a warp begins with. A phase's
-// units lie one after another, an equal part for each block, so that a block meets few heads.
-struct Share {
-  int begin, end, first;
-
-  __device__ __forceinline__ Share(const ClassTokens& p, int phase, int index, int columns) {
-    const int whole = units(p.c), block = int(blockIdx.x), blocks = int(gridDim.x), warp = int(threadIdx.x) / 32;
-    const int of_frame = units(p.c / p.frame.heads);
-    int before = index * whole, total = products(p, phase) * whole;
-    if (phase == HIDDEN) total = units(EXPANSION * p.c);
-    if (phase == VALUES) {
-      const int all_frames = p.frame.heads * of_frame;
-      before = index < p.frame.heads ? index * of_frame : all_frames + (index - p.frame.heads) * units(columns);
-      total = all_frames + (p.frames > 1 ? p.clip.heads * units(p.c / p.clip.heads) : 0);
-    }
-    const int from = total * block / blocks, to = total * (block + 1) / blocks;
-    begin = (from > before ? from : before) - before;
-    end = (to < before + units(columns) ? to : before + units(columns)) - before;
-    // Every other phase begins with the other half of the warps: the last two have units for half of them only.
-    const int turn = begin + before - from + phase * (WARPS / 2);
-    first = begin + (warp + WARPS - turn % WARPS) % WARPS;
-  }
-};
 
 // Rows that are staged together.
 __device__ __forceinline__ int group_rows(int k, int row_numbers) {
@@ -54,7 +41,7 @@ class Weights {
       : p(p),
         row_numbers(row_numbers),
         slots(reinterpret_cast<Vector<T>*>(ring) + threadIdx.x / 32 * (DEPTH * COLUMNS * 32) + threadIdx.x % 32) {
-    next_product();
+#pragma unroll 1
     for (taken = 1; taken < DEPTH; ++taken) copy();
     taken = 0;
   }
@@ -67,10 +54,11 @@ class Weights {
   }
 
  private:
-  __device__ __forceinline__ Vector<T>* slot(int number) { return slots + number % DEPTH * (COLUMNS * 32); }
+  __device__ __forceinline__ Vector<T>* slot(unsigned number) { return slots + number % DEPTH * (COLUMNS * 32); }
 
   // To the slot before the one that will be taken.
   __device__ __forceinline__ void copy() {
+    if (groups == 0 && phase < phases(p)) next_product();
     if (phase < phases(p)) {
       const int vector = step * 32 + int(threadIdx.x) % 32;
 #pragma unroll
@@ -90,10 +78,11 @@ class Weights {
     step = 0;
     if ((unit += WARPS) < end) return;
     unit = first;
-    if (--groups == 0) next_product();
+    --groups;
   }
 
   __device__ __forceinline__ void next_product() {
+#pragma unroll 1
     do {
       if (++index == products(p, phase)) {
         index = 0;
@@ -107,16 +96,17 @@ class Weights {
       unit = first = share.first;
       end = share.end;
       const int together = group_rows(k, row_numbers);
-      groups = int((product.rows + together - 1) / together);
+      groups = (product.rows + together - 1) / together;
     } while (first >= end);
   }
 
   const ClassTokens& p;
   const int row_numbers;
   Vector<T>* const slots;
-  int taken, phase = VALUES, index = -1, step = 0;
+  unsigned taken;
+  int phase = VALUES, index = -1, step = 0;
   const T* w;
-  int columns, k, first, end, unit, groups;
+  int columns, k, first, end, unit, groups = 0;
 };
 
 // Rows in shared memory lie in fours of numbers: of every vector the first, then of every vector the second. So lanes
@@ -156,29 +146,30 @@ template <class T, class Read>
 __device__ __forceinline__ void stage(float* rows, int k, int count, int padded, const Read& read) {
   constexpr int N = Vector<T>::size, BATCH = 4;
   const int vectors = k / N, total = padded * vectors;
+#pragma unroll 1
   for (int begin = int(threadIdx.x); begin < total; begin += BATCH * THREADS) {
     float x[BATCH][N];
+    int row[BATCH], vector[BATCH];
 #pragma unroll
     for (int j = 0; j < BATCH; ++j) {
-      const int i = begin + j * THREADS < total ? begin + j * THREADS : total - 1, row = i / vectors;
-      read(x[j], row < count ? row : count - 1, (i - row * vectors) * N);
+      const int i = begin + j * THREADS < total ? begin + j * THREADS : total - 1;
+      row[j] = i / vectors;
+      vector[j] = i - row[j] * vectors;
+      read(x[j], row[j] < count ? row[j] : count - 1, vector[j] * N);
     }
 #pragma unroll
-    for (int j = 0; j < BATCH; ++j) {
-      const int i = begin + j * THREADS, row = i / vectors;
-      if (i < total) write_row<T>(rows + row * k, x[j], i - row * vectors, k);
-    }
+    for (int j = 0; j < BATCH; ++j) write_row<T>(rows + row[j] * k, x[j], vector[j], k);
   }
 }
 
 template <class T>
-__device__ __forceinline__ void stage_rows(float* rows, const ClassTokens& p, const Product<T>& product, int64_t first,
+__device__ __forceinline__ void stage_rows(float* rows, const ClassTokens& p, const Product<T>& product, int first,
                                            int count, int padded) {
   constexpr int N = Vector<T>::size;
   const int k = product.k;
   if (product.pooled)
     stage<T>(rows, k, count, padded, [&](float (&x)[N], int row, int channel) {
-      const auto z = load_vector(product.pooled + (first + row) * product.pooled_stride + channel);
+      const auto z = load_vector(product.pooled + int64_t(first + row) * product.pooled_stride + channel);
       const auto weight = load_vector(product.norm_weight + channel), bias = load_vector(product.norm_bias + channel);
 #pragma unroll
       for (int i = 0; i < N; ++i) x[i] = widen(z.numbers[i]) * widen(weight.numbers[i]) + widen(bias.numbers[i]);
@@ -186,8 +177,8 @@ __device__ __forceinline__ void stage_rows(float* rows, const ClassTokens& p, co
   else if (product.balance)
     stage<T>(rows, k, count, padded, [&](float (&x)[N], int row, int channel) {
       float frame[N];
-      load_floats(frame, product.frame + (first + row) * k + channel);
-      load_floats(x, product.from + (first + row) / p.frames * k + channel);
+      load_floats(frame, product.frame + int64_t(first + row) * k + channel);
+      load_floats(x, product.from + int64_t((first + row) / p.frames) * k + channel);
       const auto balance = load_vector(product.balance + channel);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
@@ -196,8 +187,9 @@ __device__ __forceinline__ void stage_rows(float* rows, const ClassTokens& p, co
       }
     });
   else
-    stage<T>(rows, k, count, padded,
-             [&](float (&x)[N], int row, int channel) { load_floats(x, product.from + (first + row) * k + channel); });
+    stage<T>(rows, k, count, padded, [&](float (&x)[N], int row, int channel) {
+      load_floats(x, product.from + int64_t(first + row) * k + channel);
+    });
 }
 
 // The sums over all lanes of V numbers each: lane i gets number i / (32 / V). Whatever V is, a number's sum is made in
@@ -246,11 +238,11 @@ __device__ __forceinline__ void normalise(float* row, const Product<T>& product,
 }
 
 template <class T>
-__device__ __forceinline__ void store(const Product<T>& product, int64_t row, int column, float y) {
+__device__ __forceinline__ void store(const Product<T>& product, int row, int column, float y) {
   if (product.bias) y += widen(product.bias[column]);
   if (product.query) y += widen(product.query[column]);
   if (product.quick_gelu) y = y / (1 + __expf(-1.702f * y));
-  const int64_t at = row * product.stride + column;
+  const int64_t at = int64_t(row) * product.stride + column;
   if (product.residual) y += product.to[at];
   if (product.out)
     narrow(y, product.out[at]);
@@ -258,67 +250,95 @@ __device__ __forceinline__ void store(const Product<T>& product, int64_t row, in
     product.to[at] = y;
 }
 
-// A warp's columns for R staged rows, of which `count` count.
+template <int R>
+struct Rows {
+  static constexpr int count = R;
+};
+
+// use(Rows<R>{}) for R rows, a power of two.
+template <class Use>
+__device__ __forceinline__ void with_rows(int rows, const Use& use) {
+  switch (rows) {
+    case 1:
+      return use(Rows<1>{});
+    case 2:
+      return use(Rows<2>{});
+    case 4:
+      return use(Rows<4>{});
+    case 8:
+      return use(Rows<8>{});
+    default:
+      return use(Rows<ROWS>{});
+  }
+}
+
+using Sums = float[ROWS * COLUMNS];
+
 template <int R, class T>
+__device__ __forceinline__ void add_products(Sums& sums, const Vector<T>* w, const float* rows, int vector, int k) {
+  constexpr int N = Vector<T>::size;
+  Vector<T> columns[COLUMNS];
+#pragma unroll
+  for (int j = 0; j < COLUMNS; ++j) columns[j] = w[j * 32];
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    float x[N];
+    read_row<T>(x, rows + r * k, vector, k);
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+#pragma unroll
+      for (int j = 0; j < COLUMNS; ++j) sums[r * COLUMNS + j] += x[i] * widen(columns[j].numbers[i]);
+  }
+}
+
+template <int R>
+__device__ __forceinline__ float add_lanes_of_rows(const Sums& sums) {
+  float used[R * COLUMNS];
+#pragma unroll
+  for (int i = 0; i < R * COLUMNS; ++i) used[i] = sums[i];
+  return add_lanes(used);
+}
+
+// A warp's columns for `padded` staged rows, of which `count` count.
+template <class T>
 __device__ __forceinline__ void multiply(Weights<T>& weights, const Product<T>& product, const Share& share,
-                                         const float* rows, int64_t first, int count) {
-  constexpr int N = Vector<T>::size, V = R * COLUMNS;
-  const int k = product.k, lane = int(threadIdx.x) % 32;
+                                         const float* rows, int first, int count, int padded) {
+  const int k = product.k, vectors = k / Vector<T>::size, lane = int(threadIdx.x) % 32;
+#pragma unroll 1
   for (int unit = share.first; unit < share.end; unit += WARPS) {
-    float sums[V] = {};
-    for (int vector = lane; vector - lane < k / N; vector += 32) {
+    Sums sums = {};
+#pragma unroll 1
+    for (int vector = lane; vector - lane < vectors; vector += 32) {
       const Vector<T>* w = weights.next();
-      if (vector >= k / N) continue;
-      Vector<T> columns[COLUMNS];
-#pragma unroll
-      for (int j = 0; j < COLUMNS; ++j) columns[j] = w[j * 32];
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-        float x[N];
-        read_row<T>(x, rows + r * k, vector, k);
-#pragma unroll
-        for (int i = 0; i < N; ++i)
-#pragma unroll
-          for (int j = 0; j < COLUMNS; ++j) sums[r * COLUMNS + j] += x[i] * widen(columns[j].numbers[i]);
-      }
+      if (vector < vectors)
+        with_rows(padded, [&](auto r) { add_products<decltype(r)::count>(sums, w, rows, vector, k); });
     }
-    const float sum = add_lanes(sums);
-    const int number = lane / (32 / V), row = number / COLUMNS, column = unit * COLUMNS + number % COLUMNS;
-    if (lane % (32 / V) == 0 && row < count && column < product.columns) store(product, first + row, column, sum);
+    float sum;
+    with_rows(padded, [&](auto r) { sum = add_lanes_of_rows<decltype(r)::count>(sums); });
+    const int lanes = 32 / (padded * COLUMNS), number = lane / lanes;
+    const int row = number / COLUMNS, column = unit * COLUMNS + number % COLUMNS;
+    if (lane % lanes == 0 && row < count && column < product.columns) store(product, first + row, column, sum);
   }
 }
 
 template <class T>
 __device__ __forceinline__ void run(Weights<T>& weights, const ClassTokens& p, const Product<T>& product,
                                     const Share& share, float* rows, int together) {
-  for (int64_t first = 0; first < product.rows; first += together) {
-    const int count = int(product.rows - first < together ? product.rows - first : together);
+#pragma unroll 1
+  for (int first = 0; first < product.rows; first += together) {
+    const int count = product.rows - first < together ? product.rows - first : together;
     int padded = 1;
     while (padded < count) padded *= 2;
     __syncthreads();  // the rows before have been read
     stage_rows(rows, p, product, first, count, padded);
     __syncthreads();
     if (product.norm_weight && !product.pooled) {
+#pragma unroll 1
       for (int row = int(threadIdx.x) / 32; row < count; row += WARPS)
         normalise(rows + row * product.k, product, p.eps);
       __syncthreads();
     }
-    switch (padded) {
-      case 1:
-        multiply<1>(weights, product, share, rows, first, count);
-        break;
-      case 2:
-        multiply<2>(weights, product, share, rows, first, count);
-        break;
-      case 4:
-        multiply<4>(weights, product, share, rows, first, count);
-        break;
-      case 8:
-        multiply<8>(weights, product, share, rows, first, count);
-        break;
-      default:
-        multiply<ROWS>(weights, product, share, rows, first, count);
-    }
+    multiply(weights, product, share, rows, first, count, padded);
   }
 }
 
@@ -343,8 +363,10 @@ template <class T>
 __global__ void __launch_bounds__(THREADS, 1) all_phases(ClassTokens p, int row_numbers) {
   Weights<T> weights(p, shared_memory(), row_numbers);
   float* rows = reinterpret_cast<float*>(shared_memory() + RING_BYTES);
+#pragma unroll 1  // one copy of all this is long enough
   for (int phase = VALUES; phase < phases(p); ++phase) {
     if (phase > VALUES) wait_for_blocks(p.counter, phase);
+#pragma unroll 1
     for (int index = 0; index < products(p, phase); ++index) {
       const auto product = describe<T>(p, phase, index);
       const Share share(p, phase, index, product.columns);

@@ -5,7 +5,8 @@
 
 namespace panda::cuda::tail {
 
-constexpr int EXPANSION = 4;  // of the MLP
+constexpr int EXPANSION = 4;           // of the MLP
+constexpr int WARPS = 8, COLUMNS = 2;  // of a block; that a warp takes together
 
 enum Phase { VALUES, OUTPUTS, HIDDEN, MLP_OUTPUT, FUSION, PHASES };
 
@@ -15,8 +16,7 @@ __device__ __forceinline__ int phases(const ClassTokens& p) { return p.frames > 
 template <class T>
 struct Product {
   const T* w;  // [columns, k]
-  int columns, k;
-  int64_t rows;
+  int columns, k, rows;
   // x: an affine of pooled tokens; or `from`; or, if there is a balance, a mix of `from` of the clip and `frame` of the
   // frame. The last two are normalised if there is a norm.
   const T* pooled;
@@ -87,7 +87,7 @@ __device__ __forceinline__ Product<T> describe(const ClassTokens& p, int phase, 
   Product<T> product{};
   product.columns = product.k = product.stride = p.c;
   const bool of_frames = phase == FUSION || (phase == VALUES && index < p.frame.heads) || (phase == OUTPUTS && !index);
-  product.rows = of_frames ? p.clips * p.frames : p.clips;
+  product.rows = int(p.clips) * (of_frames ? p.frames : 1);
   if (phase == VALUES && of_frames) {
     set_values(product, p, p.frame, p.frame_pooled, workspace.frame_values, index);
   } else if (phase == VALUES) {
@@ -125,5 +125,31 @@ __device__ __forceinline__ Product<T> describe(const ClassTokens& p, int phase, 
   }
   return product;
 }
+
+__device__ __forceinline__ int units(int columns) { return (columns + COLUMNS - 1) / COLUMNS; }
+
+// What a block has to do of a product, in units of COLUMNS columns, and which of these a warp begins with. A phase's
+// units lie one after another, an equal part for each block, so that a block meets few heads.
+struct Share {
+  int begin, end, first;
+
+  __device__ __forceinline__ Share(const ClassTokens& p, int phase, int index, int columns) {
+    const int whole = units(p.c), block = int(blockIdx.x), blocks = int(gridDim.x), warp = int(threadIdx.x) / 32;
+    const int of_frame = units(p.c / p.frame.heads);
+    int before = index * whole, total = products(p, phase) * whole;
+    if (phase == HIDDEN) total = units(EXPANSION * p.c);
+    if (phase == VALUES) {
+      const int all_frames = p.frame.heads * of_frame;
+      before = index < p.frame.heads ? index * of_frame : all_frames + (index - p.frame.heads) * units(columns);
+      total = all_frames + (p.frames > 1 ? p.clip.heads * units(p.c / p.clip.heads) : 0);
+    }
+    const int from = total * block / blocks, to = total * (block + 1) / blocks;
+    begin = (from > before ? from : before) - before;
+    end = (to < before + units(columns) ? to : before + units(columns)) - before;
+    // Every other phase begins with the other half of the warps: the last two have units for half of them only.
+    const int turn = begin + before - from + phase * (WARPS / 2);
+    first = begin + (warp + WARPS - turn % WARPS) % WARPS;
+  }
+};
 
 }  // namespace panda::cuda::tail
