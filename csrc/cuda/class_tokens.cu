@@ -7,7 +7,7 @@
 // phases ahead. What is left between the bytes is latency, predicted as 1 to 1.5 us to stage and normalise the rows,
 // 0.5 us of products and 1 to 1.5 us to wait for all blocks: 13 to 16 us for 8 frames of two clips, against 25 launches
 // of 2 to 3 us each that it replaces. Rows in shared memory are read 8 R cycles a step for R rows, twice what their
-// products take: 3 us in all for 8 frames, 25 us for 64. Images have the first two phases only: 4 MB, predicted as 5
+// products take: 3 us in all for 8 frames, 25 us for 64. Images have the first two phases only: 8 MB, predicted as 5
 // us.
 //
 // A warp takes COLUMNS columns of y = x w^T at a time, lanes share out k. A row's sums are made in one order, whatever
