@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -89,11 +88,8 @@ def _can_record(parts: Sequence[nn.Module], x: Tensor) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a recording would leave nothing out: running statistics, somebody's hooks, weights without a version."""
-    if module.training or is_hooked(module):
-        return False
-    tensors = chain(module._parameters.values(), module._buffers.values())
-    return not any(t is not None and t.is_inference() for t in tensors)
+    """Whether a recording would leave nothing out, such as fresh noise, running statistics or somebody's hooks."""
+    return not (module.training or is_hooked(module))
 
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
