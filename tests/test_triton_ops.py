@@ -5,6 +5,7 @@ What the op's schema adds around a backend is tested with the others; here its `
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -61,21 +62,28 @@ def inputs_of(op: str, case: str, dtype: torch.dtype) -> Inputs:
     return {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
-@pytest.fixture(autouse=True)
-def buffers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Buffers]:
+@contextmanager
+def poisoned() -> Iterator[Buffers]:
     """Whatever a backend allocates or copies lies in such memory; the interpreter also tells what is only read."""
     buffers = Buffers()
-    buffers.take_over(monkeypatch)
-    if DEVICE == "cpu":
-        load = InterpreterBuilder.create_masked_load
+    with pytest.MonkeyPatch.context() as patch:
+        buffers.take_over(patch)
+        if DEVICE == "cpu":
+            load = InterpreterBuilder.create_masked_load
 
-        def checked_load(builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-            buffers.check(pointers.data[mask.data.astype(bool)])
-            return load(builder, pointers, mask, *rest)
+            def checked_load(builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+                buffers.check(pointers.data[mask.data.astype(bool)])
+                return load(builder, pointers, mask, *rest)
 
-        monkeypatch.setattr(InterpreterBuilder, "create_masked_load", checked_load)
-    yield buffers
+            patch.setattr(InterpreterBuilder, "create_masked_load", checked_load)
+        yield buffers
     buffers.check_edges()
+
+
+@pytest.fixture(autouse=True)
+def buffers() -> Iterator[Buffers]:
+    with poisoned() as buffers:
+        yield buffers
 
 
 def run(op: str, inputs: Inputs, grad: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:

@@ -155,9 +155,10 @@ class STAB(nn.Module):
             BackendError: the backend cannot serve the call.
         """
         rectangles = self.rectangles(pixel_values, rectangles, present=present)
-        tokens = self._stream(pixel_values, rectangles, present)
-        if tokens is None:
-            tokens = self._compose(pixel_values, rectangles, present)
+        streamed = self._stream(pixel_values, rectangles, present)
+        if streamed is not None:
+            return streamed
+        tokens = self._compose(pixel_values, rectangles, present)
         return STABOutput(tokens, rectangles.cu_seqlens(self.window), rectangles.grid(self.window))
 
     def rectangles(self, pixel_values: Tensor, given: Rectangles | None = None, *,
@@ -202,16 +203,16 @@ class STAB(nn.Module):
             tensors["present"] = present
         check.same_device(**tensors)
 
-    def _stream(self, pixel_values: Tensor, rectangles: Rectangles, present: Tensor | None) -> Tensor | None:
-        """The tower in one call, where a backend streams it through its caches; None where it is to be composed."""
+    def _stream(self, pixel_values: Tensor, rectangles: Rectangles, present: Tensor | None) -> STABOutput | None:
+        """The tower in one call, where a backend has it whole; None where it is to be composed."""
         if not self._can_stream(pixel_values) or self._encodes_by_fp8(pixel_values):
             return None
         server = _streaming_backend(self)
         if server is None:
             return None
         self._check_rectangles(pixel_values, rectangles)
-        streamed = self._streamed.get()
-        return server.run(streamed, pixel_values, rectangles, present).to(self.split_embedding.dtype)
+        tokens, cu_seqlens, grid = server.run(self._streamed.get(), pixel_values, rectangles, present)
+        return STABOutput(tokens.to(self.split_embedding.dtype), cu_seqlens, grid)
 
     def _can_stream(self, pixel_values: Tensor) -> bool:
         """Streaming is for inference, by running statistics."""
@@ -287,10 +288,15 @@ def _streaming_backend(tower: STAB) -> Any:
 
 def _prepare_streamed(tower: STAB) -> Any:
     """The weights as the backend that streams the tower wants them."""
+    return prepared_by(_streaming_backend(tower), tower)
+
+
+def prepared_by(server: Any, tower: STAB) -> Any:
+    """The weights as ``server``, a backend's module, wants them for its ``run``."""
     norm: Any = tower.lmhra1.pos_embed[0]
     fsra, gstra, lsd = tower.global_attention, tower.dec, tower.local_attention
     fusion: Any = tower.proj
-    return _streaming_backend(tower).prepare(
+    return server.prepare(
         tower.patch_embedding.weight,
         encoding_weights(tower.lmhra1, tower.dpe, batch_norm_affine(norm)),
         gstra.fold(tower.temporal_cls_token),

@@ -5,6 +5,7 @@ be compiled again) and constexprs: what the architecture fixes, such as C, and t
 """
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,13 +43,26 @@ class Launch:
             self.kernel[(self.grid,)](**self.args, **self.options(64 if torch.version.hip else 32))
 
 
+# Triton's own take several microseconds on the host, as kernels call them too; a tower computes sixty grids.
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+@functools.cache
+def _tiles(config: Config) -> dict[str, Any]:
+    return {name.upper(): value for name, value in vars(config).items() if name not in vars(Config())}
+
+
 _record: list[Launch] | None = None
 
 
 def launch(kernel: Any, grid: int, config: Config, **args: Any) -> None:
     """Start ``grid`` programs of ``kernel``; the config's fields are added to ``args`` in capitals."""
-    tiles = {name.upper(): value for name, value in vars(config).items() if name not in vars(Config())}
-    started = Launch(kernel, grid, config, args | tiles)
+    started = Launch(kernel, grid, config, args | _tiles(config))
     if _record is None:
         started()
     else:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import Space, choose
-from ._launch import Config, launch
+from ._launch import Config, cdiv, launch
 
 # What a token is a copy of: a row of y if not negative, the split token, or (-i + FRAME) that of frame i.
 SPLIT = tl.constexpr(-1)
@@ -116,7 +116,7 @@ def assemble(y: Tensor, f: Tensor, split: Tensor, corners: Tensor, num_tokens: i
     """``[num_tokens, C]`` from contiguous tensors."""
     C, config = y.shape[1], choose(GATHER, tile(y), y, C=y.shape[1], window=window)
     tokens = torch.empty(num_tokens, C, dtype=y.dtype, device=y.device)
-    grid = triton.cdiv(num_tokens, config.rows) * triton.cdiv(C, config.block_c)
+    grid = cdiv(num_tokens, config.rows) * cdiv(C, config.block_c)
     launch(gather, grid, config, y=y, f=f, split=split, corners=corners, tokens=tokens, frames=f.shape[0],
            num_tokens=num_tokens, C=C, WINDOW=window)
     return tokens
@@ -127,10 +127,10 @@ def gradients(grad: Tensor, num_windows: int, corners: Tensor, window: int,
     """Gradients of y, of f and (float32) of the split token, where needed, from contiguous tensors."""
     num_tokens, C = grad.shape
     config = choose(SCATTER, tile(grad), grad, C=C, window=window)
-    row_tiles = triton.cdiv(num_tokens, config.rows)
+    row_tiles = cdiv(num_tokens, config.rows)
     shapes = (num_windows, grad.dtype), (corners.shape[0], grad.dtype), (row_tiles, torch.float32)
     grad_y, grad_f, partial = (torch.empty(rows, C, dtype=dtype, device=grad.device) if needed else None
                                for (rows, dtype), needed in zip(shapes, needs, strict=True))
-    launch(scatter, row_tiles * triton.cdiv(C, config.block_c), config, grad=grad, corners=corners, grad_y=grad_y,
+    launch(scatter, row_tiles * cdiv(C, config.block_c), config, grad=grad, corners=corners, grad_y=grad_y,
            grad_f=grad_f, partial=partial, frames=corners.shape[0], num_tokens=num_tokens, C=C, WINDOW=window)
     return [grad_y, grad_f, None if partial is None else partial.sum(0)]

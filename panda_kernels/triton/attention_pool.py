@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import Space, choose
-from ._launch import Config, launch
+from ._launch import Config, cdiv, launch, next_power_of_2
 from ._precision import input_precision
 
 
@@ -220,13 +220,13 @@ def sizes_of(x: Tensor, cu_seqlens: Tensor | None) -> dict[str, int]:
 def num_slots(x: Tensor, cu_seqlens: Tensor | None, length: int) -> int:
     """How many pieces there can be; of packed samples the host does not know the lengths."""
     sizes = sizes_of(x, cu_seqlens)
-    return sizes["S"] * triton.cdiv(sizes["N"], length) if cu_seqlens is None else x.shape[0] // length + sizes["S"]
+    return sizes["S"] * cdiv(sizes["N"], length) if cu_seqlens is None else x.shape[0] // length + sizes["S"]
 
 
 def constants_of(x: Tensor, queries: Tensor) -> dict[str, Any]:
     """What the kernels take from the queries' shape and the dtype; float32 needs no second column for a query."""
     n, C = queries.shape[-2:]
-    H = max(8, triton.next_power_of_2(n))
+    H = max(8, next_power_of_2(n))
     return {"n": n, "C": C, "H": H, "COLUMNS": H if x.dtype == torch.float32 else 2 * H,
             "PER_SAMPLE": queries.ndim == 3, "PRECISION": input_precision(x.dtype)}
 
@@ -237,7 +237,7 @@ def combined(values: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, si
     _, n, C = values.shape
     config = choose(COMBINE, Join(block_s=128, block_c=32), values, n=n, C=C)
     out = torch.empty(sizes["S"], n, C, dtype=dtype, device=values.device)
-    launch(combine, sizes["S"] * n * triton.cdiv(C, config.block_c), config, values=values, state=state,
+    launch(combine, sizes["S"] * n * cdiv(C, config.block_c), config, values=values, state=state,
            cu_seqlens=cu_seqlens, out=out, N=sizes["N"], n=n, C=C, LENGTH=length)
     return out
 
@@ -247,8 +247,10 @@ def pool_tile(dtype: torch.dtype) -> Tile:
     return Tile(block_l=32, block_c=128, threads=256, num_stages=2 if dtype == torch.float32 else 4)
 
 
-def pool(x: Tensor, queries: Tensor, cu_seqlens: Tensor | None, eps: float) -> Tensor:
-    """``[S, n, C]`` from contiguous ``x``, ``[S, N, C]`` or packed ``[total, C]``, and ``queries``."""
+def pool(x: Tensor, queries: Tensor, cu_seqlens: Tensor | None, eps: float,
+         dtype: torch.dtype | None = None) -> Tensor:
+    """``[S, n, C]`` from contiguous ``x``, ``[S, N, C]`` or packed ``[total, C]``, and ``queries``; in ``x``'s dtype
+    or another."""
     (n, C), sizes = queries.shape[-2:], sizes_of(x, cu_seqlens)
     config = choose(POOL_PIECES, pool_tile(x.dtype), x, n=n, C=C)
     slots = num_slots(x, cu_seqlens, config.block_l)
@@ -256,4 +258,4 @@ def pool(x: Tensor, queries: Tensor, cu_seqlens: Tensor | None, eps: float) -> T
     state = torch.empty(slots, 2, n, dtype=torch.float32, device=x.device)
     launch(pool_pieces, slots, config, x=x, queries=queries, cu_seqlens=cu_seqlens, values=values, state=state, eps=eps,
            **sizes, **constants_of(x, queries))
-    return combined(values, state, cu_seqlens, sizes, config.block_l, x.dtype)
+    return combined(values, state, cu_seqlens, sizes, config.block_l, dtype or x.dtype)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import Space, choose
-from ._launch import launch
+from ._launch import cdiv, launch
 from .attention_pool import (
     Tile,
     combined,
@@ -186,7 +186,7 @@ def pool_gradients(grad: Tensor, x: Tensor, queries: Tensor, cu_seqlens: Tensor 
     launch(score_pieces, slots, score, eps=eps, **shared)
     grad_x = torch.empty_like(x) if needs[0] else None
     partial = workspace(pieces, n, C) if needs[1] else None
-    launch(gradients, pieces * triton.cdiv(C, config.block_c), config, grad_x=grad_x, partial=partial,
+    launch(gradients, pieces * cdiv(C, config.block_c), config, grad_x=grad_x, partial=partial,
            PIECE=score.block_l, LENGTH=LENGTH, **shared | {"COLUMNS": 2 * H})
     if partial is None:
         return grad_x, None

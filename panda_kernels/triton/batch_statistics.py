@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import Space, choose
-from ._launch import Config, launch
+from ._launch import Config, cdiv, launch
 
 SHARES = 32
 
@@ -107,14 +107,14 @@ def statistics(x: Tensor) -> Tensor:
     """Mean over biased variance, float32 ``[2, C]``, of contiguous tokens ``[tokens, C]``."""
     tokens, channels = x.shape
     config = choose(SHARE_MOMENTS, strip(x), x, C=channels)
-    length = triton.cdiv(triton.cdiv(tokens, SHARES), config.rows) * config.rows
-    shares = triton.cdiv(tokens, length)
+    length = cdiv(cdiv(tokens, SHARES), config.rows) * config.rows
+    shares = cdiv(tokens, length)
     moments = torch.empty(shares, 2, channels, dtype=torch.float32, device=x.device)
     result = torch.empty(2, channels, dtype=torch.float32, device=x.device)
-    launch(share_moments, shares * triton.cdiv(channels, config.block_c), config, x=x, moments=moments, tokens=tokens,
+    launch(share_moments, shares * cdiv(channels, config.block_c), config, x=x, moments=moments, tokens=tokens,
            length=length, C=channels)
     columns = choose(MERGE_SHARES, Columns(block_c=256, threads=64), moments, C=channels)
-    launch(merge_shares, triton.cdiv(channels, columns.block_c), columns, moments=moments, result=result,
+    launch(merge_shares, cdiv(channels, columns.block_c), columns, moments=moments, result=result,
            tokens=tokens, length=length, shares=shares, C=channels)
     return result
 
@@ -123,6 +123,6 @@ def affine(x: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
     """``x * slope + offset`` in the dtype of ``x [tokens, C]``, float32 ``[C]`` each."""
     tokens, channels = x.shape
     config, y = choose(MAP_ROWS, strip(x), x, C=channels), torch.empty_like(x)
-    programs = triton.cdiv(tokens, config.rows) * triton.cdiv(channels, config.block_c)
+    programs = cdiv(tokens, config.rows) * cdiv(channels, config.block_c)
     launch(map_rows, programs, config, x=x, slope=slope, offset=offset, y=y, tokens=tokens, C=channels)
     return y

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import Space, choose
-from ._launch import Config, launch
+from ._launch import Config, cdiv, launch
 
 MAX_TAPS = 80  # in a thread's registers, next to its sums and the loads on their way
 SEGMENTS = 16  # shares of the tokens in the weight gradient: 768 programs with 1024 channels
@@ -77,10 +77,13 @@ def _tokens(x, frame, h, w, c, dw: tl.constexpr, H, W, C: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T", "H", "W"])
-def stencil(x, taps, bias, y, T, H, W, C: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-            MIRRORED: tl.constexpr, RESIDUAL: tl.constexpr,
+def stencil(x, taps, bias, y, dense, total, T, H, W, C: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr,
+            KW: tl.constexpr, MIRRORED: tl.constexpr, RESIDUAL: tl.constexpr, DENSE_WIDTH: tl.constexpr,
             ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr):
-    """``y = bias + taps * x (+ x)``; taps ``[KT * KH * KW, C]``, in reverse order if ``MIRRORED``."""
+    """``y = bias + taps * x (+ x)``; taps ``[KT * KH * KW, C]``, in reverse order if ``MIRRORED``.
+
+    With ``dense[tokens, DENSE_WIDTH]`` there is a second result, ``total = y + dense``.
+    """
     pid = tl.program_id(0)
     C_TILES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     c = pid % C_TILES * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -111,7 +114,13 @@ def stencil(x, taps, bias, y, T, H, W, C: tl.constexpr, KT: tl.constexpr, KH: tl
     for i in tl.static_range(ROWS):
         row = y + (frame.to(tl.int64) * H + h0 + i) * W * C
         inside = (w < W) & (c < C) & (h0 + i < H)
-        tl.store(row + (w.to(tl.int64) * C + c), (sums[i] + offset).to(y.dtype.element_ty), mask=inside)
+        value = sums[i] + offset
+        tl.store(row + (w.to(tl.int64) * C + c), value.to(y.dtype.element_ty), mask=inside)
+        if dense is not None:
+            pixel = (frame.to(tl.int64) * H + h0 + i) * W
+            other = dense + pixel * DENSE_WIDTH + (w.to(tl.int64) * DENSE_WIDTH + c)
+            value += tl.load(other, mask=inside, other=0.0).to(tl.float32)
+            tl.store(total + pixel * C + (w.to(tl.int64) * C + c), value.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["T", "H", "W", "num_tiles", "share"])
@@ -151,25 +160,41 @@ def weight_gradient(grad, x, partial, T, H, W, num_tiles, share, C: tl.constexpr
 def convolve(x: Tensor, taps: Tensor, bias: Tensor | None, kernel: tuple[int, ...], *, mirrored: bool,
              residual: bool) -> Tensor:
     """The stencil of contiguous ``x[B, T, h, w, C]`` with ``taps[kt * kh * kw, C]``."""
+    y = torch.empty_like(x)
+    _start(x, taps, bias, kernel, y, None, None, mirrored, residual)
+    return y
+
+
+def convolve_and_add(x: Tensor, taps: Tensor, bias: Tensor, kernel: tuple[int, ...],
+                     dense: Tensor) -> tuple[Tensor, Tensor]:
+    """The stencil with its residual, and the sum of that and ``dense``: a read and a write more, where an addition of
+    its own would read twice and write once. ``dense`` has the tokens of x in rows, which may be those of a wider
+    matrix."""
+    y, total = torch.empty_like(x), torch.empty_like(x)
+    _start(x, taps, bias, kernel, y, dense, total, False, True)
+    return y, total
+
+
+def _start(x: Tensor, taps: Tensor, bias: Tensor | None, kernel: tuple[int, ...], y: Tensor, dense: Tensor | None,
+           total: Tensor | None, mirrored: bool, residual: bool) -> None:
     B, T, H, W, C = x.shape
     config = tuned(STENCIL, x, kernel)
-    y = torch.empty_like(x)
-    grid = B * T * triton.cdiv(H, config.rows) * triton.cdiv(W, config.block_w) * triton.cdiv(C, config.block_c)
-    launch(stencil, grid, config, x=x, taps=taps, bias=bias, y=y, T=T, H=H, W=W, C=C, KT=kernel[0], KH=kernel[1],
-           KW=kernel[2], MIRRORED=mirrored, RESIDUAL=residual)
-    return y
+    grid = B * T * cdiv(H, config.rows) * cdiv(W, config.block_w) * cdiv(C, config.block_c)
+    launch(stencil, grid, config, x=x, taps=taps, bias=bias, y=y, dense=dense, total=total, T=T, H=H, W=W, C=C,
+           KT=kernel[0], KH=kernel[1], KW=kernel[2], MIRRORED=mirrored, RESIDUAL=residual,
+           DENSE_WIDTH=0 if dense is None else dense.stride(0))
 
 
 def parameter_gradients(grad: Tensor, x: Tensor, kernel: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Float32 gradients of the taps, ``[kt * kh * kw, C]``, and of the bias, ``[C]``, from contiguous tensors."""
     B, T, H, W, C = x.shape
     config = tuned(WEIGHT_GRADIENT, x, kernel)
-    num_tiles = B * T * triton.cdiv(H, config.rows) * triton.cdiv(W, config.block_w)
-    share = triton.cdiv(num_tiles, SEGMENTS)
-    segments = triton.cdiv(num_tiles, share)
+    num_tiles = B * T * cdiv(H, config.rows) * cdiv(W, config.block_w)
+    share = cdiv(num_tiles, SEGMENTS)
+    segments = cdiv(num_tiles, share)
     num_taps = kernel[0] * kernel[1] * kernel[2]
     partial = torch.empty(segments, num_taps + 1, C, dtype=torch.float32, device=x.device)
-    launch(weight_gradient, segments * kernel[0] * triton.cdiv(C, config.block_c), config, grad=grad, x=x,
+    launch(weight_gradient, segments * kernel[0] * cdiv(C, config.block_c), config, grad=grad, x=x,
            partial=partial, T=T, H=H, W=W, num_tiles=num_tiles, share=share, C=C, KT=kernel[0], KH=kernel[1],
            KW=kernel[2])
     sums = partial.sum(0)

@@ -8,6 +8,9 @@ cores waiting. Backward, the mirrored convolution and its taps' gradient leave t
 
 The bottleneck (682 for C = 1024) is stored with rows of a multiple of 16 bytes, zeros at their end; weights are read
 along C. Clips of more than four frames are taken two frames a program, with one more computed on either side.
+
+Where the product down is composed with the patch embedding (backends/triton/stab_tower.py) one plain product gives x0
+and the bottleneck, and ``convolve_over_time`` is a pass of its own.
 """
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import Space, choose
-from ._launch import Config, launch
+from ._launch import Config, cdiv, launch
 from ._precision import input_precision
 from .matmul import accumulate
 
@@ -39,6 +42,12 @@ class Tile(Config):
     block_k: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pass(Config):
+    positions: int
+    block_n: int
+
+
 def tile(dtype: torch.dtype, T: int) -> Tile:
     precise = dtype == torch.float32
     stages = 4 if not precise else 3 if T > 3 else 2  # of fewer frames, three spill for sm_80
@@ -50,6 +59,8 @@ TILES: dict[str, tuple[int, ...]] = {"positions": (32, 64, 128), "block_n": (32,
                                      "threads": (128, 256)}
 DOWN = Space("triton.local_encoding.down", **TILES)
 DOWN_GRADIENT = Space("triton.local_encoding.down_gradient", **TILES)
+CONVOLVE = Space("triton.local_encoding.convolve_over_time", positions=(8, 16, 32), block_n=(32, 64),
+                 threads=(64, 128, 256))
 FOLD = Space("triton.local_encoding.fold", rows=(1, 2, 4, 8), threads=(128, 256))
 
 
@@ -145,6 +156,32 @@ def down(x, weight, rows, inner, over_time, num_positions, T, P, C: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["num_positions", "T", "P"])
+def convolve_over_time(inner, rows, over_time, num_positions, T, P, INNER_WIDTH: tl.constexpr, WIDTH: tl.constexpr,
+                       POSITIONS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """``over_time[B * T * P, WIDTH]``: the temporal convolution of ``inner[B * T * P, INNER_WIDTH] + rows[0]``.
+
+    A thread has one vector of channels at one position and passes through the clip, so that each is read once.
+    """
+    N_TILES: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+    # Parameters are loaded as whole tiles, out of the caches: one row of them would have to change its layout.
+    n = tl.program_id(0) % N_TILES * BLOCK_N + tl.arange(0, BLOCK_N)[None, :] + tl.zeros([POSITIONS, 1], tl.int32)
+    row, exists, _ = _place(tl.program_id(0) // N_TILES, num_positions, T, P, 1, 0, POSITIONS)
+    inside = exists & (n < WIDTH)
+    offset, offset_over_time = _row(rows, 0, n, WIDTH), _row(rows, 4, n, WIDTH)
+    before, at, after = _row(rows, 1, n, WIDTH), _row(rows, 2, n, WIDTH), _row(rows, 3, n, WIDTH)
+    previous = tl.zeros([POSITIONS, BLOCK_N], tl.float32)
+    current = tl.load(inner + row * INNER_WIDTH + n, mask=inside, other=0.0).to(tl.float32) + offset
+    for t in range(0, T):
+        here = row + t * P.to(tl.int64)
+        following = tl.load(inner + (here + P) * INNER_WIDTH + n, mask=inside & (t + 1 < T), other=0.0)
+        following = tl.where(t + 1 < T, following.to(tl.float32) + offset, 0.0)
+        result = before * previous + at * current + after * following + offset_over_time
+        tl.store(over_time + here * WIDTH + n, result.to(over_time.dtype.element_ty), mask=inside)
+        previous = current
+        current = following
+
+
+@triton.jit(do_not_specialize=["num_positions", "T", "P"])
 def down_gradient(grad, w2, rows, inner, grad_inner, partial, num_positions, T, P, C: tl.constexpr, R: tl.constexpr,
                   WIDTH: tl.constexpr, PRECISION: tl.constexpr, FRAMES: tl.constexpr, HALO: tl.constexpr,
                   POSITIONS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
@@ -189,7 +226,7 @@ def folded(w1: Tensor, b1: Tensor, norm_scale: Tensor, norm_shift: Tensor, wt: T
     width = _padded(R, w1.dtype)
     weight, rows = torch.empty_like(w1), torch.empty(5, width, dtype=torch.float32, device=w1.device)
     config = choose(FOLD, Fold(rows=4, block_c=1024), w1, C=C, R=R)
-    launch(fold, triton.cdiv(width, config.rows), config, w1=w1, norm_scale=norm_scale, norm_shift=norm_shift, b1=b1,
+    launch(fold, cdiv(width, config.rows), config, w1=w1, norm_scale=norm_scale, norm_shift=norm_shift, b1=b1,
            wt=wt, bt=bt, weight=weight, rows=rows, R=R, C=C, WIDTH=width)
     return weight, rows
 
@@ -197,9 +234,9 @@ def folded(w1: Tensor, b1: Tensor, norm_scale: Tensor, norm_shift: Tensor, wt: T
 def _sizes(x: Tensor, R: int, config: Tile) -> tuple[dict[str, int | str], int]:
     """The sizes both kernels take, and how many tiles of rows there are."""
     B, T, h, w, C = x.shape
-    groups = triton.cdiv(T, config.frames - 2 * config.halo)
+    groups = cdiv(T, config.frames - 2 * config.halo)
     sizes = {"num_positions": B * h * w, "T": T, "P": h * w, "C": C, "R": R, "WIDTH": _padded(R, x.dtype)}
-    return sizes | {"PRECISION": input_precision(x.dtype)}, triton.cdiv(B * h * w, config.positions) * groups
+    return sizes | {"PRECISION": input_precision(x.dtype)}, cdiv(B * h * w, config.positions) * groups
 
 
 def bottleneck(x: Tensor, weight: Tensor, rows: Tensor, *, keep_inner: bool) -> tuple[Tensor | None, Tensor]:
@@ -209,9 +246,24 @@ def bottleneck(x: Tensor, weight: Tensor, rows: Tensor, *, keep_inner: bool) -> 
     sizes, tiles = _sizes(x, R, config)
     over_time = torch.empty(x.shape[:-1].numel(), _padded(R, x.dtype), dtype=x.dtype, device=x.device)
     inner = torch.empty_like(over_time) if keep_inner else None
-    launch(down, tiles * triton.cdiv(R, config.block_n), config, x=x, weight=weight, rows=rows, inner=inner,
+    launch(down, tiles * cdiv(R, config.block_n), config, x=x, weight=weight, rows=rows, inner=inner,
            over_time=over_time, **sizes)
     return inner, over_time
+
+
+def over_time(inner: Tensor, rows: Tensor, frames: int, positions: int) -> Tensor:
+    """The temporal convolution ``[tokens, width]`` of the bottleneck, ``[tokens, width]`` in rows of any stride.
+
+    ``rows[5, width]`` is as :func:`folded` gives it, ``positions`` the tokens of each of a clip's ``frames``.
+    """
+    tokens, width = inner.shape
+    single = inner.dtype == torch.float32
+    config = choose(CONVOLVE, Pass(positions=16, block_n=32 if single else 64), inner, width=width)
+    result = torch.empty(tokens, width, dtype=inner.dtype, device=inner.device)
+    launch(convolve_over_time, cdiv(tokens // frames, config.positions) * cdiv(width, config.block_n),
+           config, inner=inner, rows=rows, over_time=result, num_positions=tokens // frames, T=frames, P=positions,
+           INNER_WIDTH=inner.stride(0), WIDTH=width)
+    return result
 
 
 def bottleneck_gradient(grad: Tensor, w2: Tensor, rows: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,7 +273,7 @@ def bottleneck_gradient(grad: Tensor, w2: Tensor, rows: Tensor, inner: Tensor) -
     sizes, tiles = _sizes(grad, R, config)
     grad_inner = torch.empty_like(inner)
     partial = torch.empty(tiles, 4, inner.shape[1], dtype=torch.float32, device=grad.device)
-    launch(down_gradient, tiles * triton.cdiv(R, config.block_n), config, grad=grad, w2=w2, rows=rows, inner=inner,
+    launch(down_gradient, tiles * cdiv(R, config.block_n), config, grad=grad, w2=w2, rows=rows, inner=inner,
            grad_inner=grad_inner, partial=partial, **sizes)
     sums = partial.sum(0)[:, :R]
     return grad_inner, sums[:3].t(), sums[3]

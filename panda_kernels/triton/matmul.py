@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import Space, choose
-from ._launch import Config, launch
+from ._launch import Config, cdiv, launch
 from ._precision import input_precision
 
 
@@ -81,7 +81,7 @@ def normal_cdf(x):
 
 @triton.jit(do_not_specialize=["M"])
 def product(a, b, bias, residual, y, M, N: tl.constexpr, K: tl.constexpr, A_WIDTH: tl.constexpr, B_K: tl.constexpr,
-            B_N: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
+            B_N: tl.constexpr, RESIDUAL_WIDTH: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """``y[M, N] = gelu(a b + bias) + residual``, each of the three if it is asked for."""
     m0, n0 = place(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
@@ -94,7 +94,7 @@ def product(a, b, bias, residual, y, M, N: tl.constexpr, K: tl.constexpr, A_WIDT
         result *= normal_cdf(result)
     inside = (m < M) & (n < N)
     if residual is not None:
-        result += tl.load(residual + m * N + n, mask=inside, other=0.0).to(tl.float32)
+        result += tl.load(residual + m * RESIDUAL_WIDTH + n, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + m * N + n, result.to(y.dtype.element_ty), mask=inside)
 
 
@@ -103,12 +103,13 @@ def multiply(a: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual:
     """``gelu(a weight^T + bias) + residual`` for rows ``a[M, K]``; ``a weight`` if ``transposed``.
 
     Tensors are contiguous, of one dtype but for the bias. ``a`` may have more columns than the weight has numbers for;
-    they must be zero.
+    they must be zero. The residual may be columns of a wider matrix.
     """
     K, N = weight.shape if transposed else weight.shape[::-1]
     M, config = a.shape[0], choose(PRODUCT, tile(a.dtype), a, N=N, K=K, transposed=transposed)
     y = torch.empty(M, N, dtype=a.dtype, device=a.device)
-    launch(product, triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n), config, a=a, b=weight, bias=bias,
+    launch(product, cdiv(M, config.block_m) * cdiv(N, config.block_n), config, a=a, b=weight, bias=bias,
            residual=residual, y=y, M=M, N=N, K=K, A_WIDTH=a.shape[1], B_K=N if transposed else 1,
-           B_N=1 if transposed else K, GELU=gelu, PRECISION=input_precision(a.dtype))
+           B_N=1 if transposed else K, RESIDUAL_WIDTH=0 if residual is None else residual.stride(-2), GELU=gelu,
+           PRECISION=input_precision(a.dtype))
     return y

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import Space, choose
-from ._launch import Config, launch
+from ._launch import Config, cdiv, launch, next_power_of_2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ def put_back(patches, present, pixels, h, w, planes, height, width, P: tl.conste
 
 def row_length(patch: int, dtype: torch.dtype) -> int:
     """Elements of a patch, and of the padding that makes them whole 16 bytes."""
-    return triton.cdiv(3 * patch**2 * dtype.itemsize, 16) * 16 // dtype.itemsize
+    return cdiv(3 * patch**2 * dtype.itemsize, 16) * 16 // dtype.itemsize
 
 
 def extract_patches(pixels: Tensor, patch: int, dtype: torch.dtype, present: Tensor | None,
@@ -109,13 +109,13 @@ def extract_patches(pixels: Tensor, patch: int, dtype: torch.dtype, present: Ten
     B, T, _, H, W = pixels.shape
     h, w, length = H // patch, W // patch, row_length(patch, dtype)
     patches = torch.empty(B * T * h * w, length, dtype=dtype, device=pixels.device)
-    rows = triton.next_power_of_2(triton.cdiv(length - 2 * patch**2, patch))
+    rows = next_power_of_2(cdiv(length - 2 * patch**2, patch))
     config = choose(EXTRACT, ImageTile(rows=rows, block_x=128 // pixels.element_size()), pixels, patch=patch,
                     to=str(dtype))
     align = gcd(16 // pixels.element_size(), W, *pixels.stride()[:4])
     strides = {f"{name}_stride": stride // align
                for name, stride in zip(("clip", "frame", "plane", "row"), pixels.stride()[:4], strict=True)}
-    launch(extract, B * T * h * triton.cdiv(w * patch, config.block_x), config, pixels=pixels, present=present,
+    launch(extract, B * T * h * cdiv(w * patch, config.block_x), config, pixels=pixels, present=present,
            patches=patches, T=T, h=h, w=w, width=W // align, P=patch, LENGTH=length, MEAN=mean, STD=std, ALIGN=align,
            **strides)
     return patches
@@ -130,7 +130,7 @@ def put_patches_back(patches: Tensor, pixels: Tensor, patch: int, present: Tenso
         unread.zero_()
     config = choose(PUT_BACK, PatchTile(block_w=32, block_k=256 // patches.element_size()), patches, patch=patch)
     align = gcd(16 // image.element_size(), W)
-    grid = B * T * h * triton.cdiv(w, config.block_w) * triton.cdiv(3 * patch**2, config.block_k)
+    grid = B * T * h * cdiv(w, config.block_w) * cdiv(3 * patch**2, config.block_k)
     launch(put_back, grid, config, patches=patches, present=present, pixels=image, h=h, w=w, planes=planes, height=H,
            width=W // align, P=patch, LENGTH=patches.shape[1], ALIGN=align)
     return image

@@ -3,8 +3,8 @@
     python -m panda_kernels.triton.resources FILE [--sample]
 
 Runs every op that has a Triton backend, forward and backward, on meta tensors of the sizes that its specification
-names for benchmarks and for this table, and FP8's quantisation, which is no op; compiles each different launch for each
-target, of a sample for one of them. FILE becomes a table; a broken limit is an error.
+names for benchmarks and for this table, the towers of the released widths, and FP8's quantisation; compiles each
+different launch for each target, of a sample for one of them. FILE becomes a table; a broken limit is an error.
 """
 from __future__ import annotations
 
@@ -98,28 +98,39 @@ class _Shapes(Draw):
 
 
 def cases() -> Iterator[tuple[Launch, tuple[str, ...]]]:
-    """Every different launch of every op and of FP8's quantisation, and the targets it is compiled for.
+    """Every different launch, and the targets it is compiled for.
 
     At the sizes of the benchmarks, in float32 and bfloat16, these are all; in float16, and at the further sizes a
     specification names for this table, those where nothing may spill. FP8's quantisation comes last, for those that
     have e4m3.
     """
+    seen = set()
+    for launches, targets in _runs():
+        for launch in launches:
+            if (case := (launch.kernel, *_describe(launch))) not in seen:
+                seen.add(case)
+                yield launch, targets
+
+
+def _runs() -> Iterator[tuple[list[Launch], tuple[str, ...]]]:
+    """Launches of every op, forward and backward, of the towers, which share most of them with the ops, and of FP8."""
     from ..ops import SPECS
 
-    seen = set()
+    both = torch.float32, torch.bfloat16
     for op, spec in SPECS.items():
         if not find_spec(f"panda_kernels.backends.triton.{op}"):
             continue
         first, *others = spec.bench_sizes.values()
-        both = torch.float32, torch.bfloat16
         runs = [(sizes, dtype, tuple(TARGETS)) for sizes in (first, *others) for dtype in both]
         runs += [(sizes, dtype, NO_SPILLS) for sizes in spec.compile_sizes.values() for dtype in both]
         for sizes, dtype, targets in [*runs, (first, torch.float16, NO_SPILLS)]:
-            for launch in _launches_of(op, sizes, dtype):
-                if (case := (launch.kernel, *_describe(launch))) not in seen:
-                    seen.add(case)
-                    yield launch, targets
-    yield from ((launch, WITH_E4M3) for launch in _quantisations())
+            yield _launches_of(op, sizes, dtype), targets
+    for dim, dtypes in {1024: (*both, torch.float16), 1152: both, 1408: both}.items():
+        for dtype in dtypes:
+            targets = tuple(TARGETS) if dim == 1024 and dtype in both else NO_SPILLS
+            for frames in (4, 1):
+                yield _launches_of_tower(dim, dtype, frames), targets
+    yield _quantisations(), WITH_E4M3
 
 
 def _quantisations() -> list[Launch]:
@@ -142,6 +153,21 @@ def _launches_of(op: str, sizes: Mapping[str, Any], dtype: torch.dtype) -> list[
     needs = [value.dtype.is_floating_point for value in inputs if isinstance(value, Tensor)]
     with recorded() as found:
         module.bwd(module.fwd(*inputs), *inputs, needs=needs)
+    return found
+
+
+def _launches_of_tower(dim: int, dtype: torch.dtype, frames: int) -> list[Launch]:
+    from ..backends.triton import stab_tower
+    from ..nn import STAB
+    from ..nn.stab import prepared_by
+    from ..rectangles import Rectangles
+
+    with torch.no_grad():
+        weights = prepared_by(stab_tower, STAB(dim, dtype=dtype, device="meta").eval())
+        pixels = torch.empty(1, frames, 3, 448, 448, dtype=dtype, device="meta")
+        whole = Rectangles.full(frames, 32, 32)
+        with recorded() as found:
+            stab_tower.run(weights, pixels, whole._replace(corners=whole.corners.to("meta")), None)
     return found
 
 

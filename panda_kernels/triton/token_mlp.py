@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import Space, choose
-from ._launch import launch
+from ._launch import cdiv, launch
 from ._precision import input_precision
 from .matmul import TILES, Tile, accumulate, bias_row, normal_cdf, place, tile
 
@@ -49,7 +49,7 @@ def hidden_and_gradient(x: Tensor, w1: Tensor, b1: Tensor, grad: Tensor, w2: Ten
     config = choose(HIDDEN_GRADIENT, gradient_tile(x.dtype), x, C=C, hidden=hidden, out=out)
     activated = torch.empty(M, hidden, dtype=x.dtype, device=x.device)
     grad_hidden = torch.empty_like(activated)
-    launch(hidden_gradient, triton.cdiv(M, config.block_m) * triton.cdiv(hidden, config.block_n), config, x=x, w1=w1,
+    launch(hidden_gradient, cdiv(M, config.block_m) * cdiv(hidden, config.block_n), config, x=x, w1=w1,
            b1=b1, grad=grad, w2=w2, activated=activated, grad_hidden=grad_hidden, M=M, C=C, HIDDEN=hidden,
            OUT=out, PRECISION=input_precision(x.dtype))
     return activated, grad_hidden

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import Space, choose
-from ._launch import Config, launch
+from ._launch import Config, cdiv, launch, next_power_of_2
 from ._precision import input_precision
 
 
@@ -40,14 +40,14 @@ class Tile(Config):
 
 def row_tile(C: int) -> Rows:
     """Whole rows, as many as leave a thread 32 numbers of one of them all."""
-    block_c = max(triton.next_power_of_2(C), 16)
+    block_c = max(next_power_of_2(C), 16)
     return Rows(rows=max(4096 // block_c, 1), block_c=block_c)
 
 
 def head_block(D: int, dtype: torch.dtype) -> int:
     """Columns of a head in one product: those that waste least, and of these the most."""
     sizes = (16,) if dtype == torch.float32 else (128, 64, 32) if D > 16 else (16,)
-    return min(sizes, key=lambda block: triton.cdiv(D, block) * block)
+    return min(sizes, key=lambda block: cdiv(D, block) * block)
 
 
 def attend_tile(dtype: torch.dtype, D: int) -> Tile:
@@ -307,7 +307,7 @@ def locate(x: Tensor, corners: Tensor, num_windows: int, norm_weight: Tensor, no
     found = Windows(torch.empty(num_windows, dtype=torch.int64, device=x.device),
                     torch.empty(2, window**2, num_windows, dtype=torch.float32, device=x.device),
                     mean, torch.empty_like(mean))
-    launch(statistics, triton.cdiv(num_windows, config.rows), config, x=x, corners=corners, norm_weight=norm_weight,
+    launch(statistics, cdiv(num_windows, config.rows), config, x=x, corners=corners, norm_weight=norm_weight,
            norm_bias=norm_bias, **found._asdict(), frames=frames, h=h, w=w, W=num_windows, eps=eps, C=C, SIDE=window)
     return found
 
@@ -319,7 +319,7 @@ def head_outputs(x: Tensor, found: Windows, q: Tensor, norm_weight: Tensor, norm
     config = choose(ATTEND, attend_tile(x.dtype, C // num_heads), x, C=C, heads=num_heads, window=window)
     heads = heads_together(x.dtype, num_heads, C // num_heads)
     out = torch.empty_like(q)
-    launch(attend, triton.cdiv(W, config.block_w) * (num_heads // heads), config, x=x, places=found.places,
+    launch(attend, cdiv(W, config.block_w) * (num_heads // heads), config, x=x, places=found.places,
            norms=found.norms, q=q, norm_weight=norm_weight, norm_bias=norm_bias, wkv=wkv, out=out, w=x.shape[2], W=W,
            scale=scale, C=C, H=num_heads, HEADS=heads, SIDE=window, PRECISION=input_precision(x.dtype))
     return out

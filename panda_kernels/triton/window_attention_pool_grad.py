@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import Space, choose
-from ._launch import launch
+from ._launch import cdiv, launch, next_power_of_2
 from ._precision import input_precision
 from .window_attention_pool import (
     ROWS,
@@ -270,7 +270,7 @@ def token_tile(dtype: torch.dtype, D: int, S: int) -> Tile:
 
 def product_tile(dtype: torch.dtype, D: int) -> Tile:
     if dtype == torch.float32:
-        return Tile(block_w=16, block_c=32, block_d=min(max(triton.next_power_of_2(D), 16), 64))
+        return Tile(block_w=16, block_c=32, block_d=min(max(next_power_of_2(D), 16), 64))
     return Tile(block_w=32, block_c=32, block_d=128 if D > 64 else 64, threads=256)
 
 
@@ -283,7 +283,7 @@ def attention_gradients(x: Tensor, found: Windows, q: Tensor, grad_heads: Tensor
     config = choose(ATTEND_GRADIENT, default, x, C=C, heads=num_heads, window=window)
     made = Attention(torch.empty_like(q), torch.empty_like(q),
                      torch.empty(4, num_heads, window**2, W, dtype=torch.float32, device=x.device))
-    launch(attend_gradient, triton.cdiv(W, config.block_w) * num_heads, config, x=x, places=found.places,
+    launch(attend_gradient, cdiv(W, config.block_w) * num_heads, config, x=x, places=found.places,
            norms=found.norms, q=q, grad_heads=grad_heads, norm_weight=norm_weight, norm_bias=norm_bias, wkv=wkv,
            **made._asdict(), w=x.shape[2], W=W, scale=scale, C=C, H=num_heads, SIDE=window,
            PRECISION=input_precision(x.dtype))
@@ -294,16 +294,16 @@ def mean_gradients(grad: Tensor, grad_input: Tensor, found: Windows, norm_weight
                    eps: float) -> Means:
     (W, C), (_, H, S, _) = grad.shape, seen.saved.shape
     config = choose(MEAN_GRADIENT, row_tile(C), grad, C=C, heads=H)
-    num_tiles = triton.cdiv(W, config.rows)
-    share = triton.cdiv(num_tiles, MEAN_SEGMENTS)
-    segments = triton.cdiv(num_tiles, share)
+    num_tiles = cdiv(W, config.rows)
+    share = cdiv(num_tiles, MEAN_SEGMENTS)
+    segments = cdiv(num_tiles, share)
     grad_mean = torch.empty(W, C, dtype=torch.float32, device=grad.device)
     token_means = torch.empty(2, S, W, dtype=torch.float32, device=grad.device)
     partial = torch.empty(segments, 2, C, dtype=torch.float32, device=grad.device)
     launch(mean_gradient, segments, config, grad=grad, grad_input=grad_input, mean=found.mean, norm_weight=norm_weight,
            saved=seen.saved, grad_mean=grad_mean, token_means=token_means, partial=partial, W=W, num_tiles=num_tiles,
-           share=share, eps=eps, C=C, H=H, S=S, HEADS=triton.next_power_of_2(H),
-           SUMS=triton.next_power_of_2(2 * S))
+           share=share, eps=eps, C=C, H=H, S=S, HEADS=next_power_of_2(H),
+           SUMS=next_power_of_2(2 * S))
     return Means(grad_mean, token_means, *partial.sum(0))
 
 
@@ -316,9 +316,9 @@ def token_gradients(x: Tensor, found: Windows, q: Tensor, grad_heads: Tensor, no
     grad_x = torch.empty_like(x)
     if W * window**2 * C < x.numel():  # tokens in no window
         grad_x.zero_()
-    blocks = triton.cdiv(W, config.block_w)
+    blocks = cdiv(W, config.block_w)
     partial = torch.empty(blocks, 2, C, dtype=torch.float32, device=x.device)
-    launch(token_gradient, blocks * triton.cdiv(C, config.block_c), config, x=x, places=found.places,
+    launch(token_gradient, blocks * cdiv(C, config.block_c), config, x=x, places=found.places,
            norms=found.norms, q=q, grad_heads=grad_heads, norm_weight=norm_weight, wkv=wkv, saved=seen.saved,
            token_means=means.token_means, grad_mean=means.grad, grad_x=grad_x, partial=partial, w=x.shape[2], W=W, C=C,
            H=num_heads, SIDE=window, PRECISION=input_precision(x.dtype))
@@ -331,11 +331,11 @@ def weight_gradients(x: Tensor, found: Windows, q: Tensor, grad_heads: Tensor, n
     W, C = q.shape
     D = C // num_heads
     config = choose(WEIGHT_GRADIENT, product_tile(x.dtype, D), x, C=C, heads=num_heads, window=window)
-    blocks = triton.cdiv(W, config.block_w)
-    share = triton.cdiv(blocks, SEGMENTS) * config.block_w
-    segments = triton.cdiv(W, share)
+    blocks = cdiv(W, config.block_w)
+    share = cdiv(blocks, SEGMENTS) * config.block_w
+    segments = cdiv(W, share)
     partial = torch.empty(segments, 2 * C, C, dtype=torch.float32, device=x.device)
-    grid = segments * num_heads * triton.cdiv(D, config.block_d) * triton.cdiv(C, config.block_c)
+    grid = segments * num_heads * cdiv(D, config.block_d) * cdiv(C, config.block_c)
     launch(weight_gradient, grid, config, x=x, places=found.places, norms=found.norms, q=q, grad_heads=grad_heads,
            norm_weight=norm_weight, norm_bias=norm_bias, saved=seen.saved, partial=partial, w=x.shape[2], W=W,
            share=share, C=C, H=num_heads, SIDE=window, PRECISION=input_precision(x.dtype))

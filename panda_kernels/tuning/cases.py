@@ -1,5 +1,5 @@
-"""The calls that a tuner times: every op at a size of its specification, the streamed tower and FP8's quantisation,
-with what each must give."""
+"""The calls that a tuner times: every op at a size of its specification, the whole tower and FP8's quantisation, with
+what each must give."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
@@ -74,8 +74,8 @@ def cases_of(op: str, size: str, backend: str, device: str) -> Iterator[Case]:
                 yield fp8_case(dtype, label, device, **FP8_SIZES[size])
         elif op != TOWER:
             yield from _op_cases(ops.SPECS[op], size, dtype, backend, device, label)
-        elif backend == "cpu":  # elsewhere it is composed of the ops
-            yield _tower_case(dtype, label, **TOWER_SIZES[size])
+        else:
+            yield _tower_case(dtype, label, backend, device, **TOWER_SIZES[size])
 
 
 def _op_cases(spec: OpSpec, size: str, dtype: torch.dtype, backend: str, device: str, label: str) -> Iterator[Case]:
@@ -102,18 +102,19 @@ def _function(spec: OpSpec, direction: str, backend: str, inputs: dict[str, Any]
                     if needed and g is not None]
 
 
-def _tower_case(dtype: torch.dtype, label: str, *, dim: int, clips: int, frames: int, patches: int) -> Case:
+def _tower_case(dtype: torch.dtype, label: str, server: str, device: str, *, dim: int, clips: int, frames: int,
+                patches: int) -> Case:
     def tower(precision: torch.dtype, backend: str) -> Callable[[], Sequence[Tensor]]:
-        module = STAB(dim, dtype=precision).eval()
+        module = STAB(dim, dtype=precision, device=device).eval()
         module.load_state_dict(seeded_tower(dim).state_dict())
         module.backend = backend
-        pixels = Draw(0, precision)(clips, frames, 3, patches * PATCH, patches * PATCH)
-        return partial(_tokens, module, pixels, Rectangles.full(clips * frames, patches, patches))
+        pixels = Draw(0, precision)(clips, frames, 3, patches * PATCH, patches * PATCH).to(device)
+        return partial(_tokens, module, pixels, Rectangles.full(clips * frames, patches, patches, device=device))
 
     def exactly() -> Sequence[Tensor]:
         return tower(torch.float64, "torch")()
 
-    return Case(f"{label} fwd", tower(dtype, "cpu"), exactly, dtype, Tolerance(), False)
+    return Case(f"{label} fwd", tower(dtype, server), exactly, dtype, Tolerance(), False)
 
 
 def _tokens(tower: STAB, pixels: Tensor, rectangles: Rectangles) -> Sequence[Tensor]:

@@ -59,8 +59,9 @@ def prepare(patch_weight: Tensor, local: tuple[Tensor, ...], clip_queries: Tenso
     return Streamed(weights, last, dtype, channels, patch, w1.shape[0], num_heads, window, eps)
 
 
-def run(tower: Streamed, pixels: Tensor, rectangles: Rectangles, present: Tensor | None) -> Tensor:
-    """Pixels ``[B, T, 3 or 4, H, W]`` -> packed tokens in the dtype of computation."""
+def run(tower: Streamed, pixels: Tensor, rectangles: Rectangles,
+        present: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels ``[B, T, 3 or 4, H, W]`` -> packed tokens in the dtype of computation, ``cu_seqlens`` and ``grid``."""
     clips, frames = pixels.shape[:2]
     clip_queries, frame_queries = tower.weights[9], tower.weights[16]
     tokens = torch.empty(rectangles.num_tokens, tower.channels, dtype=tower.dtype)
@@ -72,5 +73,6 @@ def run(tower: Streamed, pixels: Tensor, rectangles: Rectangles, present: Tensor
                        rectangles.corners.contiguous(), tower.weights, tower.patch, tower.reduced, tower.num_heads,
                        tower.window, tower.eps, tokens, clip_pooled, frame_pooled)
     last = class_tokens.run(tower.class_tokens, clip_pooled, frame_pooled)
-    tokens[rectangles.cu_seqlens(tower.window)[:-1]] = last.to(tower.dtype)
-    return tokens
+    cu_seqlens = rectangles.cu_seqlens(tower.window)
+    tokens[cu_seqlens[:-1]] = last.to(tower.dtype)
+    return tokens, cu_seqlens, rectangles.grid(tower.window)

@@ -9,12 +9,16 @@ from ..torch.patch_embed import CLIP_MEAN, CLIP_STD
 from . import refusals  # noqa: F401
 
 
-def _patches(pixels: Tensor, weight: Tensor, present: Tensor | None) -> Tensor:
+def patch_rows(pixels: Tensor, patch: int, dtype: torch.dtype, present: Tensor | None) -> Tensor:
+    """``[B * T * h * w, row_length]`` of pixels in any strides, normalised if they are uint8."""
     if pixels.stride(4) != 1:
         pixels = pixels[:, :, :3].contiguous()
     mean, std = (CLIP_MEAN, CLIP_STD) if pixels.dtype == torch.uint8 else (None, None)
-    return extract_patches(pixels, weight.shape[3], weight.dtype, None if present is None else present.contiguous(),
-                           mean, std)
+    return extract_patches(pixels, patch, dtype, None if present is None else present.contiguous(), mean, std)
+
+
+def _patches(pixels: Tensor, weight: Tensor, present: Tensor | None) -> Tensor:
+    return patch_rows(pixels, weight.shape[3], weight.dtype, present)
 
 
 def _weight_rows(weight: Tensor) -> Tensor:
