@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 PY := $(VENV)/bin/python
 TRITON36 := $(VENV)/triton36
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.inc')
 
 .PHONY: setup demo test test-triton36 lint format bench figures plots clean
 
@@ -14,7 +14,7 @@ $(VENV)/packages.stamp: requirements/dev.txt
 	$(PY) -m pip install -q -r requirements/dev.txt
 	touch $@
 
-$(VENV)/extension.stamp: $(VENV)/packages.stamp setup.py pyproject.toml csrc/core/sources.py $(SOURCES)
+$(VENV)/extension.stamp: $(VENV)/packages.stamp setup.py pyproject.toml csrc/core/sources.py $(filter csrc/%,$(SOURCES))
 	PANDA_KERNELS_BUILD=require $(PY) -m pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 

@@ -1,5 +1,5 @@
-// The kernels of csrc/cuda as torch ops, through the LibTorch stable ABI and without any header of CUDA's: the stream is
-// looked up in the libtorch_cuda that torch has loaded, so that this builds and loads beside a torch for CPUs too.
+// The kernels of csrc/cuda as torch ops, through the LibTorch stable ABI and without any header of CUDA's: the stream
+// is looked up in the libtorch_cuda that torch has loaded, so that this builds and loads beside a torch for CPUs too.
 // Callers (panda_kernels/backends/cuda) allocate the results.
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -50,10 +50,14 @@ struct Device {
 
 cuda::Dtype dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return cuda::Dtype::float32;
-    case ScalarType::BFloat16: return cuda::Dtype::bfloat16;
-    case ScalarType::Half: return cuda::Dtype::float16;
-    default: break;
+    case ScalarType::Float:
+      return cuda::Dtype::float32;
+    case ScalarType::BFloat16:
+      return cuda::Dtype::bfloat16;
+    case ScalarType::Half:
+      return cuda::Dtype::float16;
+    default:
+      break;
   }
   STD_TORCH_CHECK(false, "panda_kernels: the cuda backend computes in float32, bfloat16 and float16");
 }
@@ -71,9 +75,7 @@ const void* in(const std::optional<Tensor>& t, ScalarType type, Shape shape) {
 
 void* out(const Tensor& t, ScalarType type, Shape shape) { return const_cast<void*>(in(t, type, shape)); }
 
-void* out(const std::optional<Tensor>& t, ScalarType type, Shape shape) {
-  return t ? out(*t, type, shape) : nullptr;
-}
+void* out(const std::optional<Tensor>& t, ScalarType type, Shape shape) { return t ? out(*t, type, shape) : nullptr; }
 
 void succeed(int error) { STD_TORCH_CHECK(error == 0, "panda_kernels: a launch failed with CUDA's error ", error); }
 
@@ -81,7 +83,8 @@ void expect_vectors(const Tensor& x, int64_t c) {
   STD_TORCH_CHECK(c % (16 / x.element_size()) == 0, "panda_kernels: expected channels in vectors of 16 bytes, got ", c);
 }
 
-// y is the convolution with taps[27, C], plus x if `residual`; sum is y + add.
+// y is the convolution with taps[27, C], plus x if `residual`; sum is y + add, whose rows may be those of a wider
+// matrix.
 void stencil(const Tensor& x, const Tensor& taps, const std::optional<Tensor>& bias, const std::optional<Tensor>& add,
              bool mirrored, bool residual, Tensor y, std::optional<Tensor> sum) {
   const auto [b, t, h, w, c] = sizes<5>(x);
@@ -90,11 +93,19 @@ void stencil(const Tensor& x, const Tensor& taps, const std::optional<Tensor>& b
   STD_TORCH_CHECK(add.has_value() == sum.has_value(), "panda_kernels: expected both of add and sum, or none");
   STD_TORCH_CHECK(h * w * c < int64_t(1) << 31, "panda_kernels: frames of ", h * w * c, " numbers");
   if (!x.numel()) return;
+  if (add) {
+    const auto [rows, columns] = sizes<2>(*add);
+    STD_TORCH_CHECK(add->scalar_type() == type && rows == b * t * h * w && columns == c && add->stride(1) == 1 &&
+                        add->stride(0) * add->element_size() % 16 == 0 &&
+                        reinterpret_cast<uintptr_t>(add->const_data_ptr()) % 16 == 0,
+                    "panda_kernels: expected rows to add of ", c, " numbers, aligned to 16 bytes");
+  }
   const Device device(x);
-  succeed(cuda::stencil({dtype_of(x), in(x, type, {b, t, h, w, c}), in(taps, type, {27, c}), in(bias, type, {c}),
-                         in(add, type, {b, t, h, w, c}), out(y, type, {b, t, h, w, c}), out(sum, type, {b, t, h, w, c}),
-                         b, int(t), int(h), int(w), int(c), mirrored, residual},
-                        device.stream));
+  succeed(cuda::stencil(
+      {dtype_of(x), in(x, type, {b, t, h, w, c}), in(taps, type, {27, c}), in(bias, type, {c}),
+       add ? add->const_data_ptr() : nullptr, out(y, type, {b, t, h, w, c}), out(sum, type, {b, t, h, w, c}), b, int(t),
+       int(h), int(w), int(c), add ? add->stride(0) : 0, mirrored, residual},
+      device.stream));
 }
 
 // partial[segments, 28, C]: of a share of the tokens each, the taps' gradients and the bias's.
@@ -105,11 +116,10 @@ void stencil_gradient(const Tensor& x, const Tensor& grad, Tensor partial) {
   expect_vectors(x, c);
   STD_TORCH_CHECK(h * w * c < int64_t(1) << 31, "panda_kernels: frames of ", h * w * c, " numbers");
   const Device device(x);
-  succeed(cuda::stencil_gradient(
-      {dtype_of(x), in(x, type, {b, t, h, w, c}), in(grad, type, {b, t, h, w, c}),
-       static_cast<float*>(out(partial, ScalarType::Float, {segments, 28, c})), b, int(t), int(h), int(w), int(c),
-       int(segments)},
-      device.stream));
+  succeed(cuda::stencil_gradient({dtype_of(x), in(x, type, {b, t, h, w, c}), in(grad, type, {b, t, h, w, c}),
+                                  static_cast<float*>(out(partial, ScalarType::Float, {segments, 28, c})), b, int(t),
+                                  int(h), int(w), int(c), int(segments)},
+                                 device.stream));
 }
 
 // out[W, C]: the heads' outputs for the windows whose first tokens are `places`, of all tokens x[frames, h, w, C].
@@ -121,13 +131,13 @@ void attend(const Tensor& x, const Tensor& places, const Tensor& norms, const Te
   expect_vectors(x, c);
   if (!windows) return;
   const Device device(x);
-  succeed(cuda::attend({dtype_of(x), in(x, type, {frames, h, w, c}),
-                        static_cast<const int64_t*>(in(places, ScalarType::Long, {windows})),
-                        static_cast<const float*>(in(norms, ScalarType::Float, {2, 4, windows})),
-                        in(q, type, {windows, c}), in(norm_weight, type, {c}), in(norm_bias, type, {c}),
-                        in(wkv, type, {2 * c, c}), out(result, type, {windows, c}), windows, int(w), int(c), int(heads),
-                        float(scale)},
-                       device.stream));
+  succeed(
+      cuda::attend({dtype_of(x), in(x, type, {frames, h, w, c}),
+                    static_cast<const int64_t*>(in(places, ScalarType::Long, {windows})),
+                    static_cast<const float*>(in(norms, ScalarType::Float, {2, 4, windows})), in(q, type, {windows, c}),
+                    in(norm_weight, type, {c}), in(norm_bias, type, {c}), in(wkv, type, {2 * c, c}),
+                    out(result, type, {windows, c}), windows, int(w), int(c), int(heads), float(scale)},
+                   device.stream));
 }
 
 // Query, norm, values' and outputs' weight and bias.
@@ -161,7 +171,7 @@ void class_tokens(const std::optional<Tensor>& clip_pooled, const Tensor& frame_
     const int64_t clip_heads = sizes<3>(*clip_pooled)[1];
     p.clip_pooled = in(clip_pooled, type, {p.clips, clip_heads, c});
     p.clip = value_weights(w + 7, type, c, clip_heads);
-    p.mlp = {in(w[14], type, {c}),        in(w[15], type, {c}),    in(w[16], type, {4 * c, c}),
+    p.mlp = {in(w[14], type, {c}),     in(w[15], type, {c}),        in(w[16], type, {4 * c, c}),
              in(w[17], type, {4 * c}), in(w[18], type, {c, 4 * c}), in(w[19], type, {c})};
     p.fusion = {in(w[20], type, {c}), in(w[21], type, {c}), in(w[22], type, {c}), in(w[23], type, {c, c}),
                 in(w[24], type, {c})};

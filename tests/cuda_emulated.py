@@ -47,8 +47,8 @@ def build() -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, sources))
     unfinished = folder / f"{os.getpid()}.so"  # renamed when whole, so that two builders cannot meet
-    subprocess.run([*compiler, "-shared", "-o", str(unfinished), *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"],
-                   check=True)
+    libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
+    subprocess.run([*compiler, "-shared", "-o", str(unfinished), *objects, *libraries], check=True)
     unfinished.rename(target)
     return target
 

@@ -121,7 +121,8 @@ inline void make_block(dim3 index, unsigned count, size_t shared_bytes) {
   block->index = index;
   block->threads = count;
   block->barrier.expected = count;
-  for (unsigned first = 0; first < count; first += 32) block->warps.push_back({{count - first < 32 ? count - first : 32}, {}});
+  for (unsigned first = 0; first < count; first += 32)
+    block->warps.push_back({{count - first < 32 ? count - first : 32}, {}});
   block->shared.reset(new (std::align_val_t(128)) char[shared_bytes + 1]);
   std::memset(block->shared.get(), 0xff, shared_bytes);
   for (unsigned i = 0; i < count; ++i) {
@@ -321,8 +322,8 @@ inline void narrow(float x, float16& y) {
   std::memcpy(&y, &value, 2);
 }
 
-// Element i of the A fragment lies at row lane / 4 + i / 2 % 2 * 8, column lane % 4 * 2 + i % 2 + i / 4 * 8; of B at row
-// lane % 4 * 2 + i % 2 + i / 2 * 8, column lane / 4; of C at row lane / 4 + i / 2 * 8, column lane % 4 * 2 + i % 2.
+// Element i of the A fragment lies at row lane / 4 + i / 2 % 2 * 8, column lane % 4 * 2 + i % 2 + i / 4 * 8; of B at
+// row lane % 4 * 2 + i % 2 + i / 2 * 8, column lane / 4; of C at row lane / 4 + i / 2 * 8, column lane % 4 * 2 + i % 2.
 template <class T>
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {
   struct Fragments {

@@ -1,4 +1,4 @@
-"""docs/cuda_resources.md and the extension as it was built here: the same kernels and targets, all within the limits."""
+"""docs/cuda_resources.md and the extension as built here: the same kernels and targets, all within the limits."""
 from __future__ import annotations
 
 import re

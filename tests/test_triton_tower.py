@@ -54,6 +54,7 @@ CASES = {
     "two": Case(2, (4, 5), ((0, 4, 0, 5), (1, 4, 1, 4)), dim=88, gstra_heads=11, clips=2, missing=True),
     "three": Case(3, (5, 4), ((0, 5, 0, 4), (2, 5, 1, 4), (1, 3, 0, 2)), dim=84, heads=4, pixels="uint8"),
     "four": Case(4, (3, 5), ((0, 3, 0, 5), (1, 3, 3, 5), (0, 3, 1, 4)), dim=68, heads=2, clips=2, missing=True),
+    "even_heads": Case(2, (5, 4), ((0, 5, 0, 4), (1, 5, 1, 3)), heads=4, clips=2),
     "five_windows_of_3": Case(5, (6, 5), ((0, 6, 0, 5), (2, 5, 1, 5)), dim=42, heads=6, gstra_heads=2, window=3),
 }
 

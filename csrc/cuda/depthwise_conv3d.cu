@@ -1,10 +1,10 @@
 // Both kernels walk down the rows of the image. A block has 16 neighbouring columns of 8 vectors of 16 bytes, so that a
 // row it needs comes into the multiprocessor's cache once (18 columns for 16), whoever else reads it.
 //
-// Stencil: a thread owns a column in up to four frames, with the sums of three rows of them in registers: a token it loads
-// serves all 27 taps at once. For four results it loads 12 tokens and the 27 taps, out of the cache; in registers those
-// would take 216. Some 280 instructions a vector of results: 10 us of them on an H100 for 8 frames of 32 x 32 patches of
-// 1024 channels in 16 bits, against 11 us for the bytes, 17 with `add`.
+// Stencil: a thread owns a column in up to four frames, with the sums of three rows of them in registers: a token it
+// loads serves all 27 taps at once. For four results it loads 12 tokens and the 27 taps, out of the cache; in registers
+// those would take 216. Some 280 instructions a vector of results: 10 us of them on an H100 for 8 frames of 32 x 32
+// patches of 1024 channels in 16 bits, against 11 us for the bytes, 17 with `add`.
 //
 // Gradient: 9 sums a channel, of one offset in time, and the nine tokens around in registers, three of them new a row.
 #include "depthwise_conv3d.h"
@@ -44,8 +44,8 @@ using Sums = float[FRAMES][Vector<T>::size];
 
 // Adds what one row of tokens gives to the results of the row below it, its own and the one above: sums[0..2].
 template <class T>
-__device__ __forceinline__ void add_row(Sums<T> (&sums)[3], const Stencil& p, const Place& place, int64_t clip, int first,
-                                        int row) {
+__device__ __forceinline__ void add_row(Sums<T> (&sums)[3], const Stencil& p, const Place& place, int64_t clip,
+                                        int first, int row) {
   const T* x = static_cast<const T*>(p.x);
   // In reverse order tap (dt, dh, dw) is (2 - dt, 2 - dh, 2 - dw): 26 less its number.
   const T* taps = static_cast<const T*>(p.taps) + place.channel + (p.mirrored ? int64_t(TAPS - 1) * p.c : 0);
@@ -90,7 +90,8 @@ __device__ __forceinline__ void store_row(const Sums<T>& sums, const Stencil& p,
     }
     store_vector(static_cast<T*>(p.y) + here, result);
     if (!p.add) continue;
-    const auto add = load_vector(static_cast<const T*>(p.add) + here);
+    const int64_t token = ((clip * p.frames + first + o) * p.h + row) * p.w + place.column;
+    const auto add = load_vector(static_cast<const T*>(p.add) + token * p.add_stride + place.channel);
 #pragma unroll
     for (int i = 0; i < N; ++i) result[i] += widen(add.numbers[i]);
     store_vector(static_cast<T*>(p.sum) + here, result);

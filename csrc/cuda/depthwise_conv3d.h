@@ -11,11 +11,12 @@ struct Stencil {
   const void* x;     // [B, T, h, w, C], 16-byte aligned, C a multiple of 16 bytes
   const void* taps;  // [27, C]
   const void* bias;  // [C], or null
-  const void* add;   // [B, T, h, w, C] or null: added to the result into `sum`
+  const void* add;   // null, or a row of C numbers for each token, `add_stride` apart: added to the result into `sum`
   void* y;           // [B, T, h, w, C]
   void* sum;         // [B, T, h, w, C]: y + add, if there is `add`
   int64_t clips;
   int frames, h, w, c;
+  int64_t add_stride;       // in numbers, a multiple of 16 bytes
   bool mirrored, residual;  // taps in reverse order; y is the convolution plus x
 };
 

@@ -1,6 +1,6 @@
 // What kernels use of CUDA, under one name each, so that they compile in two ways: by nvcc for a device, and by any C++
-// compiler for the tests, where cuda_emulation.h runs blocks and threads on the CPU. Whatever differs between the two is
-// here or there, never in a kernel.
+// compiler for the tests, where cuda_emulation.h runs blocks and threads on the CPU. Whatever differs between the two
+// is here or there, never in a kernel.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -43,8 +43,8 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// Four 8 x 8 matrices of 16-bit numbers out of shared memory: lane i gives the address of row i % 8 of matrix i / 8, and
-// gets of each matrix row lane / 4, columns lane % 4 * 2 and the next; if transposed, of its transpose.
+// Four 8 x 8 matrices of 16-bit numbers out of shared memory: lane i gives the address of row i % 8 of matrix i / 8,
+// and gets of each matrix row lane / 4, columns lane % 4 * 2 and the next; if transposed, of its transpose.
 template <bool transposed = false>
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
@@ -113,7 +113,8 @@ int launch_together(void (*kernel)(Parameters...), int wanted, int threads, size
       return error;
   if (auto error = cudaGetDevice(&device)) return error;
   if (auto error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) return error;
-  if (auto error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, shared_bytes)) return error;
+  if (auto error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, shared_bytes))
+    return error;
   const int fitting = multiprocessors * resident;
   void* pointers[] = {&arguments...};
   return cudaLaunchCooperativeKernel(reinterpret_cast<void*>(kernel), dim3(wanted < fitting ? wanted : fitting),
@@ -149,9 +150,12 @@ __device__ __forceinline__ void store_vector(T* to, const float (&numbers)[Vecto
 template <class Use>
 int with_type(Dtype dtype, Use use) {
   switch (dtype) {
-    case Dtype::bfloat16: return use(bfloat16{});
-    case Dtype::float16: return use(float16{});
-    default: return use(0.0f);
+    case Dtype::bfloat16:
+      return use(bfloat16{});
+    case Dtype::float16:
+      return use(float16{});
+    default:
+      return use(0.0f);
   }
 }
 

@@ -34,8 +34,8 @@ def refusals(inputs: Sequence[Any]) -> list[str]:
     """Tensors elsewhere than on a GPU from sm_80, or of a dtype the kernels do not compute in."""
     if reasons := outside(inputs, "cuda", DTYPES):
         return reasons
-    old = {str(t.device) for t in inputs if isinstance(t, Tensor) and torch.cuda.get_device_capability(t.device) < (8, 0)}
-    return [f"{device} is older than sm_80" for device in sorted(old)]
+    devices = {t.device for t in inputs if isinstance(t, Tensor)}
+    return [f"{device} is older than sm_80" for device in devices if torch.cuda.get_device_capability(device) < (8, 0)]
 
 
 def aligned(t: Tensor) -> Tensor:

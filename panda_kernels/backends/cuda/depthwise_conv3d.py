@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import cuda
+from ..triton.depthwise_conv3d import tap_rows
 from . import aligned
 
 SEGMENTS = 32  # shares of the frames in the weight gradient, at most: 1536 blocks with 1024 channels
@@ -23,18 +24,24 @@ def refusals(inputs: Sequence[Any]) -> list[str]:
     return reasons
 
 
-def stencil(x: Tensor, weight: Tensor, bias: Tensor | None, *, residual: bool, mirrored: bool = False,
-            add: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """The convolution of contiguous ``x [B, T, h, w, C]``, and that plus ``add``, if there is one."""
-    taps = weight.reshape(weight.shape[0], -1).t().contiguous()
+def stencil(x: Tensor, taps: Tensor, bias: Tensor | None, *, residual: bool, mirrored: bool = False) -> Tensor:
+    """The convolution of contiguous ``x [B, T, h, w, C]`` with ``taps [27, C]``, plus x if ``residual``."""
     y = torch.empty_like(x)
-    total = None if add is None else torch.empty_like(x)
-    torch.ops.panda_kernels_cuda.stencil(x, taps, bias, add, mirrored, residual, y, total)
+    torch.ops.panda_kernels_cuda.stencil(x, taps, bias, None, mirrored, residual, y, None)
+    return y
+
+
+def convolve_and_add(x: Tensor, taps: Tensor, bias: Tensor, kernel: tuple[int, ...],
+                     dense: Tensor) -> tuple[Tensor, Tensor]:
+    """As Triton's function of that name: the stencil with its residual, and the sum of that and ``dense``, whose rows
+    may be those of a wider matrix."""
+    y, total = torch.empty_like(x), torch.empty_like(x)
+    torch.ops.panda_kernels_cuda.stencil(x, taps, bias, dense, False, True, y, total)
     return y, total
 
 
 def fwd(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
-    return stencil(aligned(x), weight, None if bias is None else aligned(bias), residual=residual)[0]
+    return stencil(aligned(x), tap_rows(weight), None if bias is None else aligned(bias), residual=residual)
 
 
 def bwd(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, *,
@@ -42,7 +49,7 @@ def bwd(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: 
     grad = aligned(grad)
     grads: list[Tensor | None] = [None] * len(needs)
     if needs[0]:
-        grads[0] = stencil(grad, weight, None, residual=residual, mirrored=True)[0]
+        grads[0] = stencil(grad, tap_rows(weight), None, residual=residual, mirrored=True)
     if any(needs[1:]):
         segments = min(SEGMENTS, x.shape[0] * x.shape[1])
         partial = torch.empty(segments, 28, x.shape[-1], dtype=torch.float32, device=x.device)

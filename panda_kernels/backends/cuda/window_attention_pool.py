@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,5 +40,4 @@ def head_outputs(x: Tensor, found: Any, q: Tensor, norm_weight: Tensor, norm_bia
     return result
 
 
-def fwd(*inputs: Any) -> Tensor:
-    return by_triton.forward(head_outputs, *inputs)
+fwd = partial(by_triton.forward, head_outputs)

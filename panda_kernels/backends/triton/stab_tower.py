@@ -46,10 +46,15 @@ class Encoding(NamedTuple):
     b2: Tensor
     taps: Tensor
     taps_bias: Tensor
+    convolve_and_add: Callable[..., tuple[Tensor, Tensor]]
 
 
 class Prepared(NamedTuple):
-    """Folded weights. ``patches [columns, row_length]`` gives x0, then from column ``inner`` on the bottleneck."""
+    """Folded weights, and the stages that another backend may serve, with theirs.
+
+    ``patches [columns, row_length]`` gives x0, then from column ``inner`` on the bottleneck. ``class_tokens`` takes
+    what was pooled of the clips (None for images) and of the frames, in the dtype ``pooled``.
+    """
 
     patches: Tensor
     inner: int
@@ -57,7 +62,8 @@ class Prepared(NamedTuple):
     clip_queries: Tensor
     window_pool: Callable[[Tensor, Tensor, int], Tensor]  # of x3, corners and the number of windows
     frame_queries: Tensor
-    class_tokens: class_tokens.ClassTokens
+    pooled: torch.dtype
+    class_tokens: Callable[[Tensor | None, Tensor], Tensor]
     split: Tensor
     patch: int
     window: int
@@ -86,12 +92,13 @@ def prepare(patch_weight: Tensor, local: tuple[Tensor, ...], clip_queries: Tenso
     offset = first @ norm_shift.double() + b1.double()
     rows = torch.cat([offset[None].float(), wt.float().t(), bt[None].float()])
     encoding = Encoding(F.pad(rows, (0, spare)), F.pad(w2, (0, spare)).contiguous(), b2.contiguous(), tap_rows(wd),
-                        bd.contiguous())
+                        bd.contiguous(), convolve_and_add)
     named: dict[str, Any] = {name: w.contiguous() for name, w in zip(WINDOW_WEIGHTS, windows, strict=True)}
     window_pool = partial(window_attention_pool.fwd, **named, num_heads=num_heads, window=window, eps=eps, scale=None)
+    tail = partial(class_tokens.run, class_tokens.prepare(clip_values, mlp, frame_values, fusion, eps=eps))
     return Prepared(torch.cat(stacked), channels + -channels % 8, encoding, clip_queries.contiguous(), window_pool,
-                    frame_queries.contiguous(), class_tokens.prepare(clip_values, mlp, frame_values, fusion, eps=eps),
-                    split.contiguous(), patch_weight.shape[3], window, eps)
+                    frame_queries.contiguous(), torch.float32, tail, split.contiguous(), patch_weight.shape[3], window,
+                    eps)
 
 
 def run(tower: Prepared, pixels: Tensor, rectangles: Rectangles,
@@ -107,11 +114,11 @@ def run(tower: Prepared, pixels: Tensor, rectangles: Rectangles,
         x = torch.mm(patches, tower.patches[:tower.split.shape[0]].t())
     else:
         x2, x = _encode(tower, patches, grid)
-        clip_pooled = pool(x2.view(B, -1, x2.shape[-1]), tower.clip_queries, None, tower.eps, torch.float32)
+        clip_pooled = pool(x2.view(B, -1, x2.shape[-1]), tower.clip_queries, None, tower.eps, tower.pooled)
         del x2
     y = tower.window_pool(x.view(B * T, *grid[2:], -1), corners, rectangles.num_windows)
-    frame_pooled = pool(y, tower.frame_queries, measured.cu_windows, tower.eps, torch.float32)
-    f = class_tokens.run(tower.class_tokens, clip_pooled, frame_pooled)
+    frame_pooled = pool(y, tower.frame_queries, measured.cu_windows, tower.eps, tower.pooled)
+    f = tower.class_tokens(clip_pooled, frame_pooled)
     tokens = assemble(y, f, tower.split, corners, rectangles.num_tokens, tower.window)
     return tokens, measured.cu_seqlens, measured.grids
 
@@ -122,4 +129,4 @@ def _encode(tower: Prepared, patches: Tensor, grid: tuple[int, int, int, int]) -
     x0 = both[:, :tower.split.shape[0]]
     mixed = over_time(both[:, tower.inner:], weights.rows, grid[1], grid[2] * grid[3])
     x1 = multiply(mixed, weights.w2, weights.b2, residual=x0)
-    return convolve_and_add(x1.view(*grid, -1), weights.taps, weights.taps_bias, (3, 3, 3), x0)
+    return weights.convolve_and_add(x1.view(*grid, -1), weights.taps, weights.taps_bias, (3, 3, 3), x0)

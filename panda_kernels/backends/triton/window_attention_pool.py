@@ -5,7 +5,7 @@ The gradients of ``wq`` and ``wp``, plain products over all windows, are torch's
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 from torch import Tensor
 
@@ -14,10 +14,6 @@ from ...triton.window_attention_pool import head_outputs, locate
 from ...triton.window_attention_pool_grad import attention_gradients, mean_gradients, token_gradients, weight_gradients
 from ..torch._arithmetic import matmul, total
 from . import refusals  # noqa: F401
-
-
-def fwd(*inputs: Any) -> Tensor:
-    return forward(head_outputs, *inputs)
 
 
 def forward(attention: Callable[..., Tensor], x: Tensor, corners: Tensor, num_windows: int, q_norm_weight: Tensor,
@@ -30,6 +26,9 @@ def forward(attention: Callable[..., Tensor], x: Tensor, corners: Tensor, num_wi
     heads = attention(x, found, multiply(found.query_input, wq.contiguous()), kv_norm_weight.contiguous(),
                       kv_norm_bias.contiguous(), wkv.contiguous(), num_heads, window, _scale(x, scale))
     return multiply(heads, wp.contiguous(), bp.contiguous(), residual=found.mean)
+
+
+fwd = partial(forward, head_outputs)
 
 
 def _scale(x: Tensor, scale: float | None) -> float:
