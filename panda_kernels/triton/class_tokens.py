@@ -11,7 +11,7 @@ a fixed query are linear, and could be one matrix, but of ``n`` times the bytes:
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -176,7 +176,8 @@ def apply_both(first: Linear, x: Tensor, other: Linear | None, other_x: Tensor |
                dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
     """``[rows, N]`` of each of float32 ``x[rows, heads, K]`` in one launch; ``other`` may be None."""
     N, K = first.w.shape
-    config = choose(PAIR, TILE, first.w, N=N, K=K)
+    # Wider rows four at a time spill on sm_100 as soon as two products share a kernel.
+    config = choose(PAIR, TILE if K <= 1024 else replace(TILE, rows=2), first.w, N=N, K=K)
 
     def programs(x: Tensor | None) -> int:
         if x is None:

@@ -55,7 +55,7 @@ class Row:
         # Registers are given to warps in units of 256.
         if claim.blocks * claim.threads * -(-self.registers // 8) * 8 > REGISTERS:
             reasons.append(f"{self.registers} registers, too many for {claim.blocks} blocks")
-        if 2 * self.wide_loads < self.loads:
+        if self.products == "none" and 2 * self.wide_loads < self.loads:
             reasons.append(f"only {self.wide_loads} of {self.loads} loads have 16 bytes")
         if claim.tensor_cores and self.products == "none":
             reasons.append("a product without tensor cores")
