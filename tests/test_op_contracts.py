@@ -124,7 +124,7 @@ def test_autocast(backend: str, op: str) -> None:
 
 
 def test_an_unknown_backend_is_named_with_those_there_are() -> None:
-    expected = r"token_mlp: backend must be one of auto, triton, cpu, torch, got 'cuda9'"
+    expected = r"token_mlp: backend must be one of auto, cuda, triton, cpu, torch, got 'cuda9'"
     with pytest.raises(backends.BackendError, match=expected):
         call("token_mlp", make("token_mlp", "packed", torch.float32), "cuda9")
 
