@@ -230,7 +230,8 @@ def test_every_kernel_has_a_space() -> None:
     kernels = {space.name.removeprefix("triton.") for _, space in spaces() if space.backend == "triton"}
     resources = import_module("panda_kernels.triton.resources")
     table = resources.parse((PACKAGE.parent / "docs" / "kernel_resources.md").read_text())
-    assert {row.kernel for row in table} == kernels
+    # One program over a few numbers leaves nothing to choose.
+    assert {row.kernel for row in table} == kernels | {"rectangles.measure"}
 
 
 def test_content_is_that_of_all_files_a_kernel_is_made_of() -> None:
