@@ -22,9 +22,8 @@ demo: setup
 	$(PY) examples/fetch_clips.py
 	$(PY) examples/demo.py
 
-# Two workers; threads that spin while they wait would keep each other from the cores.
 test: setup lint
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist worksteal
+	$(PY) -m pytest
 
 # All but Triton comes from $(VENV).
 $(TRITON36)/packages.stamp: $(VENV)/packages.stamp requirements/triton36.txt

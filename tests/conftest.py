@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -39,21 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if item.get_closest_marker("gpu")]
     items[:] = [item for item in items if not item.get_closest_marker("gpu")]
     config.stash[LEFT_OUT] = len(left_out)
-    if hasattr(config, "workeroutput"):
-        config.workeroutput["left_out"] = len(left_out)
     config.hook.pytest_deselected(items=left_out)
-
-
-class Workers:
-    """Every one of several workers has collected all the tests: any of them knows how many were left out."""
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_testnodedown(self, node: Any) -> None:
-        node.config.stash[LEFT_OUT] = node.workeroutput.get("left_out", 0)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(Workers())
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
