@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..rectangles import Rectangles
 from .cuda_graph import RECORDERS, is_recording
-from .folding import can_serve
+from .folding import can_serve, modules_of
 from .graphs import Graphs
 from .projector import Projector
 from .stab import STAB, STABOutput
@@ -64,7 +64,11 @@ def by_graphs(graphs: Graphs, tower: STAB, projector: Projector | None, run: Run
               rectangles: Rectangles | None, present: Tensor | None) -> STABOutput:
     """``run(pixel_values, rectangles, present)``, which calls the modules, by a graph where that can be."""
     parts: list[STAB | Projector] = [tower] if projector is None else [tower, projector]
-    if not graphs.limit or not _can_record(parts, pixel_values):
+    if not graphs.limit or not _may_record(parts, pixel_values):
+        return run(pixel_values, rectangles, present)
+    modules = [module for part in parts for module in modules_of(part)]
+    # A recording leaves out somebody's hooks, and would have to repeat fresh noise and running statistics.
+    if any(module.training or is_hooked(module) for module in modules):
         return run(pixel_values, rectangles, present)
     corners, num_windows, num_tokens = tower.rectangles(pixel_values, rectangles, present=present)
 
@@ -73,28 +77,20 @@ def by_graphs(graphs: Graphs, tower: STAB, projector: Projector | None, run: Run
 
     settings = (num_windows, num_tokens, torch.backends.cuda.matmul.fp32_precision,
                 torch.are_deterministic_algorithms_enabled(), *(part.products for part in parts),
-                *(module.__dict__.get("backend") for part in parts for module in part.modules()))
+                *(module.__dict__.get("backend") for module in modules))
     # Past the rectangles nobody reads the mask.
     inputs = (pixel_values[:, :, :3], corners, present)
     return STABOutput(*graphs.call(function, inputs, lambda: tuple(part.constants() for part in parts), settings))
 
 
-def _can_record(parts: Sequence[nn.Module], x: Tensor) -> bool:
+def _may_record(parts: Sequence[nn.Module], x: Tensor) -> bool:
     if x.device.type not in RECORDERS or not all(can_serve(part, x) for part in parts):
         return False
-    if type(x) is not Tensor or is_recording(x.device):
-        return False
-    return all(_is_plain(module) for part in parts for module in part.modules())
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a recording would leave nothing out, such as fresh noise, running statistics or somebody's hooks."""
-    return not (module.training or is_hooked(module))
-
-
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return type(x) is Tensor and not is_recording(x.device)
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling ``module`` does more than its class says."""
-    return "forward" in module.__dict__ or any(getattr(module, hooks) for hooks in _HOOKS)
+    own = module.__dict__
+    return bool("forward" in own or own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_pre_hooks"]
+                or own["_backward_hooks"])
