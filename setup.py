@@ -58,7 +58,7 @@ def torch_folder() -> Path:
 
 def digest() -> str:
     """Of all that is compiled: settings that were tuned for other sources are not taken for these."""
-    files = sorted(file for file in (ROOT / "csrc").rglob("*") if file.suffix in (".cpp", ".cu", ".h", ".inc", ".py"))
+    files = sorted(file for file in (ROOT / "csrc").rglob("*") if file.suffix in (".cpp", ".h", ".inc", ".py"))
     return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()[:16]
 
 
@@ -162,7 +162,8 @@ class BuildExtension(build_ext):
 
     def compile_cuda(self, target: Path) -> dict[str, str]:
         sources, compiler, torch = load_sources(), shlex.split(os.environ.get("CXX", "g++")), torch_folder()
-        device = [nvcc(), "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden",
+        cuda = nvcc()
+        device = [cuda, "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden",
                   *(f"-gencode=arch=compute_{name},code=sm_{name}" for name in CUDA_TARGETS)]
         jobs = [(f"cuda_{source.stem}", [*device, "-c", str(source)])
                 for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
@@ -170,9 +171,9 @@ class BuildExtension(build_ext):
                                        str(ROOT / "csrc" / "cuda_bindings.cpp")]))
         objects = self.objects(jobs)
         # nvcc knows where its runtime is, which is linked in, so that the target needs a driver alone.
-        run(nvcc(), "-shared", "-cudart", "static", "-Xcompiler", "-s", "-o", str(target), *objects,
+        run(cuda, "-shared", "-cudart", "static", "-Xcompiler", "-s", "-o", str(target), *objects,
             f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10")
-        return {"compiler": run(nvcc(), "--version").splitlines()[-1],
+        return {"compiler": run(cuda, "--version").splitlines()[-1],
                 "targets": " ".join(f"sm_{name}" for name in CUDA_TARGETS)}
 
 

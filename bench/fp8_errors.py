@@ -9,7 +9,6 @@ with FP8 everything else is in bfloat16.
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +19,7 @@ from panda_kernels.nn.lste import encode
 from panda_kernels.spec import Draw, relative_error
 from python_ref.lste import lste
 
+from . import pages
 from .machine import ROOT
 from .tower import DIM, PATCH, SQUARE, identity, our_modules, weights
 
@@ -76,9 +76,7 @@ def main() -> None:
     text = table(errors(2, SQUARE[1]))
     print(text)
     if write:
-        page = PAGE.read_text()
-        PAGE.write_text(re.sub(r"(<!-- fp8 -->\n).*(<!-- /fp8 -->)", lambda m: m[1] + text + m[2], page,
-                               flags=re.DOTALL))
+        PAGE.write_text(pages.replaced(PAGE.read_text(), "fp8", text))
 
 
 if __name__ == "__main__":

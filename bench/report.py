@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import encoders, plot, plot_ops, plot_tower, scaling
+from . import encoders, pages, plot, plot_ops, plot_tower, scaling
 from .machine import ROOT
 from .readme_figures import text
 from .records import OURS, STORE, Row, as_run, load, newest
 from .tower import SHORT
 
-BEGIN, END = "<!-- figures -->\n", "<!-- /figures -->\n"
 SUFFIXES = {"cpu": "", "cuda": "_cuda"}
 
 
@@ -66,19 +65,6 @@ def _of_contest(row: Row) -> bool:
             and row.size in ("clips2", *SHORT))
 
 
-def replace_figures(readme: str, written: str) -> str:
-    """README with ``written`` between its marks.
-
-    Raises:
-        ValueError: it has not one of each, in order.
-    """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README: expected the lines {BEGIN.strip()} and {END.strip()}")
-    return f"{before}{begin}{written}{end}{after}"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=STORE)
@@ -89,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for picture in drawn:
         plot.save(picture.draw, picture.rows, args.plots / picture.name, picture.size)
         print(args.plots / picture.name)
-    args.readme.write_text(replace_figures(args.readme.read_text(), written))
+    args.readme.write_text(pages.replaced(args.readme.read_text(), "figures", written))
     print(args.readme)
     return 0
 

@@ -6,7 +6,6 @@ tower follows in the same rounds. ``--write`` puts the table into docs/performan
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from panda_kernels.rectangles import Rectangles
 from panda_kernels.tuning.timer import interleaved, wall_clock
 from panda_kernels.verify import seeded_tower
 
-from . import machine, tower
+from . import machine, pages, tower
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 CLIPS, FRAMES, SIDE, C, R, HEADS, PATCH, WINDOW = 2, 4, 32, tower.DIM, int(tower.DIM / 1.5), tower.HEADS, 14, 2
@@ -128,9 +127,7 @@ def main() -> None:
     text = "\n".join(lines)
     print(text)
     if write:
-        page = PAGE.read_text()
-        PAGE.write_text(re.sub(r"(<!-- stages -->\n).*(<!-- /stages -->)", lambda m: m[1] + text + m[2], page,
-                               flags=re.DOTALL))
+        PAGE.write_text(pages.replaced(PAGE.read_text(), "stages", text))
 
 
 if __name__ == "__main__":

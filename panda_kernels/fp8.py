@@ -96,7 +96,7 @@ def product(rows: Fp8Rows, weight: Fp8Weight, dtype: torch.dtype) -> Tensor:
 
     A GPU sums in its tensor cores alone. Hopper's keep 13 bits after the point and cut the rest off, every 32 products:
     less than ``K / 32 * 2**-13`` of the largest partial sum, beside the 2**-5 that a number loses on its way to e4m3.
-    To add up in float32 every 128 products is what makes ``_scaled_mm`` slow (pytorch issue 147971).
+    To add up in float32 every so many products instead is reported to be much slower (pytorch issue 147971).
 
     Raises:
         ValueError: rows of another K than the weight's.

@@ -251,7 +251,7 @@ def error_beside(given: Tensor, exact: Tensor, scale: float) -> float:
 
 
 def _device(backend: str) -> str:
-    return "cuda" if backend in ("cuda", "triton") else "cpu"
+    return "cuda" if backend in backends.ON_GPU else "cpu"
 
 
 def _on(device: str, argument: object) -> object:

@@ -22,7 +22,6 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __ldg(pointer) (*(pointer))
 #define __expf(x) std::exp(x)
 
 struct dim3 {
@@ -94,6 +93,21 @@ struct Machine {
 inline Machine* machine = nullptr;
 inline bool backwards = false;
 inline int largest_shared_memory = 227 * 1024;
+
+// The order of threads and the shared memory of a device while this lives.
+struct Conditions {
+  bool before_backwards = backwards;
+  int before_memory = largest_shared_memory;
+
+  Conditions(bool run_backwards, int shared_memory) {
+    backwards = run_backwards;
+    largest_shared_memory = shared_memory;
+  }
+  ~Conditions() {
+    backwards = before_backwards;
+    largest_shared_memory = before_memory;
+  }
+};
 
 inline void yield() { swapcontext(&machine->current->context, &machine->scheduler); }
 
@@ -239,21 +253,14 @@ inline uint32_t float_to_bits(float value) {
 #define threadIdx (panda::emulation::machine->current->index)
 #define blockIdx (panda::emulation::machine->current->block->index)
 #define gridDim (panda::emulation::machine->grid)
-#define blockDim (dim3(panda::emulation::machine->current->block->threads))
 
 inline void __syncthreads() { panda::emulation::arrive_and_wait(panda::emulation::machine->current->block->barrier); }
-inline void __syncwarp() { panda::emulation::arrive_and_wait(panda::emulation::warp().barrier); }
 inline void __threadfence() {}
 inline void __nanosleep(unsigned) { panda::emulation::yield(); }
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return panda::emulation::from_lane(value, panda::emulation::lane() ^ unsigned(mask));
-}
-
-template <class T>
-T __shfl_sync(unsigned, T value, int lane) {
-  return panda::emulation::from_lane(value, unsigned(lane));
 }
 
 inline uint32_t atomicAdd(uint32_t* to, uint32_t value) {

@@ -6,8 +6,7 @@
 extern "C" int attend(int dtype, const void* x, const int64_t* places, const float* norms, const void* q,
                       const void* norm_weight, const void* norm_bias, const void* wkv, void* out, int64_t windows,
                       int w, int c, int heads, float scale, int backwards, int shared_memory) {
-  panda::emulation::backwards = backwards;
-  panda::emulation::largest_shared_memory = shared_memory;
+  const panda::emulation::Conditions conditions(backwards, shared_memory);
   return panda::cuda::attend(
       {panda::cuda::Dtype(dtype), x, places, norms, q, norm_weight, norm_bias, wkv, out, windows, w, c, heads, scale},
       nullptr);

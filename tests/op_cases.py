@@ -19,10 +19,9 @@ from panda_kernels.spec import Inputs, OpSpec, relative_error
 OPS = sorted(SPECS)
 USABLE = [name for name, error in backends.status().items() if error is None]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-ON_GPU = [name for name in USABLE if name in ("cuda", "triton")]
-ON_CPU = [name for name in USABLE if name not in ON_GPU]
-HOMES = [pytest.param(name, "cuda" if name in ON_GPU else "cpu", id=name,
-                      marks=[pytest.mark.gpu] if name in ON_GPU else []) for name in USABLE]
+ON_CPU = [name for name in USABLE if name not in backends.ON_GPU]
+HOMES = [pytest.param(name, "cuda" if name in backends.ON_GPU else "cpu", id=name,
+                      marks=[pytest.mark.gpu] if name in backends.ON_GPU else []) for name in USABLE]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 GUARD = 64  # elements: keeps a buffer's alignment
 

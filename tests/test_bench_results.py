@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from bench import compare, encoders, first_token, machine, records, report, scaling
+from bench import compare, encoders, first_token, machine, pages, records, report, scaling
 from bench.records import OURS, Row
 
 FACTS = {"device": "a processor", "threads": 2, "isa": "avx2", "torch": "2", "numpy": "2", "python": "3",
@@ -62,6 +62,7 @@ def made_run() -> list[Row]:
     return rows
 
 
+BEGIN, END = "<!-- figures -->\n", "<!-- /figures -->\n"
 FIGURES = """\
 Medians of one interleaved run on 2 threads of a processor (avx2), torch 2, commit 012345678 ([every
 row](bench/results/results.jsonl), [speedup](bench/plots/speedup.png), [roofline](bench/plots/roofline.png),
@@ -181,10 +182,10 @@ def test_fitted_slope_is_the_power(power):
 def test_report_writes_readme_and_pictures_from_the_file(tmp_path):
     results, readme = tmp_path / "results.jsonl", tmp_path / "README.md"
     records.upsert(results, [*made_run(), ours("tower", "8 frames", 9.0, commit="old", date="2026-01-01 00:00")])
-    readme.write_text(f"before\n{report.BEGIN}typed by hand\n{report.END}after\n")
+    readme.write_text(f"before\n{BEGIN}typed by hand\n{END}after\n")
     arguments = ["--results", str(results), "--readme", str(readme), "--plots", str(tmp_path / "plots")]
     assert report.main(arguments) == 0
-    assert readme.read_text() == f"before\n{report.BEGIN}{FIGURES}{report.END}after\n"
+    assert readme.read_text() == f"before\n{BEGIN}{FIGURES}{END}after\n"
     names = ["encoders.png", "roofline.png", "scaling.png", "speedup.png"]
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == names
     assert all((tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG") for name in names)
@@ -199,14 +200,14 @@ def test_report_leaves_out_what_was_not_measured():
 
 
 def test_readme_without_marks_is_refused():
-    for readme in ("no marks", report.BEGIN, report.END + report.BEGIN):
+    for readme in ("no marks", BEGIN, END + BEGIN):
         with pytest.raises(ValueError, match="expected the lines"):
-            report.replace_figures(readme, "figures\n")
+            pages.replaced(readme, "figures", "figures\n")
 
 
 def test_readme_holds_what_the_saved_results_give():
     """Figures in it are not typed by hand: ``make plots`` writes them."""
     written, drawn = report.figures(records.load(records.STORE))
     readme = (machine.ROOT / "README.md").read_text()
-    assert report.replace_figures(readme, written) == readme
+    assert pages.replaced(readme, "figures", written) == readme
     assert all((machine.ROOT / "bench" / "plots" / picture.name).exists() for picture in drawn)

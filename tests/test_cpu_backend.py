@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +19,11 @@ from op_cases import OPS, assert_as_close_as_torch, call, in_dtype, result_dtype
 from test_nn import lively
 from test_ops import SEVERAL, call_by_name, sample
 from torch import Tensor
+from tower_cases import Case, errors
 
 import panda_kernels
 from panda_kernels import backends
-from panda_kernels.backends import cpu
+from panda_kernels.backends import _extension, cpu
 from panda_kernels.backends.cpu import stab_tower
 from panda_kernels.nn import STAB
 from panda_kernels.ops import SPECS
@@ -262,20 +263,6 @@ def test_poison_is_seen(poison: Poison) -> None:
 # The streamed tower
 
 
-class Case(NamedTuple):
-    """A tower and its frames; the rectangles are repeated over the frames of the clips."""
-
-    frames: int
-    grid: tuple[int, int]
-    corners: tuple[tuple[int, int, int, int], ...]
-    dim: int = 64
-    heads: int = 8
-    window: int = 2
-    patch: int = 4
-    clips: int = 1
-    pixels: str = "float"
-
-
 # The grids of more than 512 tokens a clip take several bands of rows.
 CASES = {
     "image": Case(1, (5, 7), ((1, 4, 2, 7),), clips=2),
@@ -308,14 +295,14 @@ def frames_of(name: str) -> tuple[Tensor, Rectangles]:
     """Pixels with some left over beyond the last patch, uint8 ones strided as a decoder leaves them."""
     case = CASES[name]
     generator = torch.Generator().manual_seed(1)
-    height, width = (side * case.patch + extra for side, extra in zip(case.grid, (1, 3), strict=True))
+    height, width = case.frame_size()
     shape = (case.clips, case.frames, height, width, 3)
     if case.pixels == "uint8":
         x = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).permute(0, 1, 4, 2, 3)
     else:
         x = torch.randn(shape, generator=generator).bfloat16().permute(0, 1, 4, 2, 3).contiguous().float()
         x = x.half() if case.pixels == "float16" else x
-    corners = [case.corners[i % len(case.corners)] for i in range(case.clips * case.frames)]
+    corners = case.all_corners()
     return x, Rectangles.from_corners(corners, case.window)
 
 
@@ -332,12 +319,6 @@ def present_of(name: str) -> Tensor | None:
     present = torch.ones(case.clips, case.frames, dtype=torch.bool)
     present[-1, 1] = False
     return present
-
-
-def errors(y: Tensor, exact: Tensor, firsts: Tensor) -> tuple[float, float]:
-    """Of the frames' first tokens, and of all others."""
-    is_first = torch.zeros(len(y), dtype=torch.bool).index_fill_(0, firsts.long(), True)
-    return relative_error(y[is_first], exact[is_first]), relative_error(y[~is_first], exact[~is_first])
 
 
 @cache
@@ -484,7 +465,7 @@ def test_a_tier_that_is_not_there_changes_nothing(tier: str) -> None:
 @pytest.fixture
 def empty_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Where the backend looks for its extension from now on. The loaded one stays, and so does what is cached."""
-    monkeypatch.setattr(cpu, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(_extension, "PACKAGE", tmp_path)
     monkeypatch.setattr(cpu, "load_error", cpu.load_error.__wrapped__)
     monkeypatch.setattr(backends, "load_error", backends.load_error.__wrapped__)
     return tmp_path

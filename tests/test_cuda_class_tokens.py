@@ -2,13 +2,9 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import shlex
-import subprocess
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import cuda_emulated
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,7 +12,6 @@ from torch import Tensor, nn
 from panda_kernels.nn import STAB
 from panda_kernels.spec import Tolerance, relative_error
 
-ROOT = Path(__file__).resolve().parent.parent
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GUARD = 64
 TENSORS = ("clip_pooled", "frame_pooled",
@@ -24,52 +19,12 @@ TENSORS = ("clip_pooled", "frame_pooled",
              for name in ("query", "norm_weight", "norm_bias", "wv", "bv", "wp", "bp")),
            *(f"mlp.{name}" for name in ("norm_weight", "norm_bias", "w1", "b1", "w2", "b2")),
            *(f"fusion.{name}" for name in ("balance", "norm_weight", "norm_bias", "w", "b")), "y")
-SHIM = """
-#include "class_tokens.h"
-#include "device.h"
-using namespace panda::cuda;
-extern "C" void run(int dtype, void* const* tensors, float* workspace, uint32_t* counter, int64_t clips, int frames,
-                    int c, int clip_heads, int frame_heads, float eps, bool backwards) {
-  panda::emulation::backwards = backwards;
-  panda::emulation::largest_shared_memory = 72 * 1024;  // so that few rows need more than one filling
-  ClassTokens p{};
-  p.dtype = Dtype(dtype);
-  ASSIGNMENTS
-  p.workspace = workspace;
-  p.counter = counter;
-  p.clips = clips;
-  p.frames = frames;
-  p.c = c;
-  p.clip.heads = clip_heads;
-  p.frame.heads = frame_heads;
-  p.eps = eps;
-  class_tokens(p, nullptr);
-}
-extern "C" int64_t workspace(int64_t clips, int frames, int c) { return class_tokens_workspace(clips, frames, c); }
-""".replace("ASSIGNMENTS", "\n  ".join(f"p.{name} = tensors[{i}];" for i, name in enumerate(TENSORS)))
 
 
 @pytest.fixture(scope="module")
 def library() -> ctypes.CDLL:
-    compiler = shlex.split(os.environ.get("CXX", "g++"))
-    flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc' / 'cuda'}",
-             f"-I{ROOT / 'tests'}"]
-    digest = hashlib.sha256(repr((compiler, flags, SHIM)).encode())
-    kernel = ROOT / "csrc" / "cuda" / "class_tokens.cu"
-    for file in (kernel, *sorted(kernel.parent.glob("*.h")), ROOT / "tests" / "cuda_emulation.h"):
-        digest.update(file.name.encode() + file.read_bytes())
-    folder = ROOT / "build" / "cuda_class_tokens" / digest.hexdigest()[:16]
-    built = folder / "class_tokens.so"
-    if not built.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "shim.cpp").write_text(SHIM)
-        unfinished = folder / f"{os.getpid()}.so"  # renamed when whole, so that two builders cannot meet
-        subprocess.run([*compiler, *flags, "-x", "c++", str(kernel), str(folder / "shim.cpp"), "-o", str(unfinished)],
-                       check=True)
-        unfinished.rename(built)
-    library = ctypes.CDLL(str(built))
-    library.workspace.restype = ctypes.c_int64
-    return library
+    cuda_emulated.library.workspace_of_class_tokens.restype = ctypes.c_int64
+    return cuda_emulated.library
 
 
 class Case(NamedTuple):
@@ -139,14 +94,14 @@ class Kernel:
         frames = len(frame_pooled) // clips
         clip_pooled, frame_pooled = clip_pooled.to(self.dtype), frame_pooled.to(self.dtype)
         y = Guarded(clips * frames * case.c, self.dtype)
-        size = self.library.workspace(ctypes.c_int64(clips), frames, case.c)
+        size = self.library.workspace_of_class_tokens(ctypes.c_int64(clips), frames, case.c)
         workspace = Guarded(size, torch.float32)
         tensors = (clip_pooled, frame_pooled, *self.weights, y.inner)
         pointers = [0 if name == "frame.bv" else t.data_ptr() for name, t in zip(TENSORS, tensors, strict=True)]
         if frames == 1:
             pointers = [0 if name.startswith(("clip", "mlp", "fusion")) else pointer
                         for name, pointer in zip(TENSORS, pointers, strict=True)]
-        self.library.run(DTYPES.index(self.dtype), (ctypes.c_void_p * len(pointers))(*pointers),
+        self.library.run_class_tokens(DTYPES.index(self.dtype), (ctypes.c_void_p * len(pointers))(*pointers),
                          ctypes.c_void_p(workspace.inner.data_ptr()), ctypes.c_void_p(self.counter.data_ptr()),
                          ctypes.c_int64(clips), frames, case.c, case.clip_heads, case.frame_heads,
                          ctypes.c_float(1e-5), backwards)

@@ -8,7 +8,8 @@ pytest.importorskip("triton")
 
 import test_triton_tower as by_triton
 from test_cuda_ops import DEVICE, buffers  # noqa: F401
-from test_triton_tower import CASES, by_reference, errors, frames_of, tower_of
+from test_triton_tower import CASES, by_reference, frames_of, tower_of
+from tower_cases import errors
 
 from panda_kernels.backends.cuda import stab_tower, window_attention_pool
 from panda_kernels.nn.stab import prepared_by

@@ -692,17 +692,22 @@ def test_memory_of_real_graphs_is_given_back():
     assert held() == before
 
 
+def on_streams() -> tuple[VisualPath, dict[Tensor, tuple[torch.cuda.Stream, STABOutput]]]:
+    """A path for fewer shapes than there are, and inputs, each with a stream of its own and what is expected."""
+    path = visual_path(graphs=2, dtype=torch.float32, device="cuda")
+    inputs = [shape(i % 3).float().cuda() + i for i in range(6)]
+    calls = {x: (torch.cuda.Stream(), plain(path, x)) for x in inputs}
+    torch.cuda.synchronize()
+    return path, calls
+
+
 @pytest.mark.gpu
 @torch.no_grad()
 def test_streams_take_turns():
-    path = visual_path(graphs=2, dtype=torch.float32, device="cuda")
-    inputs = [shape(i % 3).float().cuda() + i for i in range(6)]
-    expected = [plain(path, x) for x in inputs]
-    streams = [torch.cuda.Stream() for _ in inputs]
-    torch.cuda.synchronize()
+    path, calls = on_streams()
     found = []
     for _ in range(20):
-        for x, wanted, stream in zip(inputs, expected, streams, strict=True):
+        for x, (stream, wanted) in calls.items():
             with torch.cuda.stream(stream):
                 found.append((path(x), wanted))
     torch.cuda.synchronize()
@@ -712,20 +717,17 @@ def test_streams_take_turns():
 @pytest.mark.gpu
 @torch.no_grad()
 def test_threads_on_streams_of_their_own():
-    path = visual_path(graphs=2, dtype=torch.float32, device="cuda")
-    inputs = [shape(i % 3).float().cuda() + i for i in range(6)]
-    expected = [plain(path, x) for x in inputs]
-    streams = {x: torch.cuda.Stream() for x in inputs}
-    torch.cuda.synchronize()
+    path, calls = on_streams()
 
     class OnStream:
         def __call__(self, x: Tensor) -> STABOutput:
-            with torch.cuda.stream(streams[x]):
+            with torch.cuda.stream(calls[x][0]):
                 output = path(x)
                 torch.cuda.current_stream().synchronize()
                 return output
 
-    assert call_in_threads(OnStream(), inputs, expected, 20) == [True] * 120
+    expected = [wanted for _, wanted in calls.values()]
+    assert call_in_threads(OnStream(), list(calls), expected, 20) == [True] * 120
 
 
 @pytest.mark.gpu

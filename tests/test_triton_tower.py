@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from test_nn import lively
 from test_triton_ops import DEVICE, poisoned
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from tower_cases import Case, errors
 
 import python_ref
 from bench import launches
@@ -30,22 +31,6 @@ from panda_kernels.spec import Tolerance, relative_error
 from panda_kernels.triton._launch import recorded
 
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-class Case(NamedTuple):
-    """A tower and its frames; the rectangles are repeated over the frames of the clips."""
-
-    frames: int
-    grid: tuple[int, int]
-    corners: tuple[tuple[int, int, int, int], ...]
-    dim: int = 64
-    heads: int = 8
-    gstra_heads: int = 4
-    window: int = 2
-    patch: int = 4
-    clips: int = 1
-    pixels: str = "float"
-    missing: bool = False
 
 
 CASES = {
@@ -75,7 +60,7 @@ def frames_of(name: str) -> tuple[Tensor, Rectangles, Tensor | None]:
     """Pixels with some left over beyond the last patch and a mask, rectangles, and which frames there are."""
     case = CASES[name]
     generator = torch.Generator().manual_seed(1)
-    height, width = (side * case.patch + extra for side, extra in zip(case.grid, (1, 3), strict=True))
+    height, width = case.frame_size()
     shape = (case.clips, case.frames, 4, height, width)
     if case.pixels == "uint8":
         x = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
@@ -84,7 +69,7 @@ def frames_of(name: str) -> tuple[Tensor, Rectangles, Tensor | None]:
     present = torch.ones(case.clips, case.frames, dtype=torch.bool)
     present[-1, 1 % case.frames] = not case.missing
     x[:, :, 3] = 0
-    corners = [case.corners[i % len(case.corners)] for i in range(case.clips * case.frames)]
+    corners = case.all_corners()
     for frame, (row0, row1, col0, col1) in zip(x.flatten(0, 1), corners, strict=True):
         frame[3, row0 * case.patch:row1 * case.patch, col0 * case.patch:col1 * case.patch] = 1
     if case.missing:  # takes the whole grid
@@ -111,12 +96,6 @@ def by_reference(name: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     with torch.no_grad():
         tokens, grids = reference(x, nn.Identity())
     return torch.cat(tokens), grids
-
-
-def errors(y: Tensor, exact: Tensor, firsts: Tensor) -> tuple[float, float]:
-    """Of the frames' first tokens, and of all others."""
-    is_first = torch.zeros(len(y), dtype=torch.bool).index_fill_(0, firsts.long(), True)
-    return relative_error(y[is_first], exact[is_first]), relative_error(y[~is_first], exact[~is_first])
 
 
 @pytest.mark.parametrize(("name", "dtype"), [*product(CASES, DTYPES), ("image", torch.float16), ("two", torch.float16)])

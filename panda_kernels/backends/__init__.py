@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 NAMES = ("cuda", "triton", "cpu", "torch")  # fastest first: the order in which "auto" asks
+ON_GPU = ("cuda", "triton")  # serve nothing else
 log = logging.getLogger("panda_kernels")
 
 

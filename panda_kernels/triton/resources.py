@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import getsource
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import resource_pages
 from ..spec import Draw
 from ._launch import Launch, recorded
 
@@ -280,21 +281,17 @@ def fingerprint() -> str:
 
 def render(table: list[Row], version: str, sources: str) -> str:
     """The table as a page; :func:`parse` reads it back."""
-    lines = ["# What the compilers make of the Triton kernels", "",
-             f"Written by `python -m panda_kernels.triton.resources docs/kernel_resources.md`, with Triton {version}.",
-             "Registers a thread, spilling instructions, bytes of shared memory, loads, those of 16 bytes, and the",
-             "instruction of a product. `tests/test_kernel_resources.py` holds each row to its limits, and compiles",
-             "each launch anew for one of its targets; numbers move between versions of Triton.", "",
-             f"{SOURCES} {sources}", "",
-             "| " + " | ".join(f.name.replace("_", " ") for f in fields(Row)) + " |", "|" + "---|" * len(fields(Row))]
-    return "\n".join([*lines, *("| " + " | ".join(map(str, astuple(row))) + " |" for row in table), ""])
+    return resource_pages.render(Row, table, [
+        "# What the compilers make of the Triton kernels", "",
+        f"Written by `python -m panda_kernels.triton.resources docs/kernel_resources.md`, with Triton {version}.",
+        "Registers a thread, spilling instructions, bytes of shared memory, loads, those of 16 bytes, and the",
+        "instruction of a product. `tests/test_kernel_resources.py` holds each row to its limits, and compiles",
+        "each launch anew for one of its targets; numbers move between versions of Triton.", "",
+        f"{SOURCES} {sources}"])
 
 
 def parse(page: str) -> list[Row]:
-    lines = [line for line in page.splitlines() if line.startswith("|")][2:]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    types: list[Any] = [int if f.type == "int" else str for f in fields(Row)]
-    return [Row(*(of(cell) for of, cell in zip(types, line, strict=True))) for line in cells]
+    return resource_pages.parse(Row, page)
 
 
 def main(file: str, *, sample: bool = False) -> int:

@@ -3,17 +3,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import cpu
+from .._extension import PACKAGE, load
 from .._outside import outside
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LIBRARY = Path(__file__).parents[2] / "_cuda.so"
+LIBRARY = PACKAGE / "_cuda.so"
 
 
 @functools.cache
@@ -21,13 +20,7 @@ def load_error() -> str | None:
     """Loads the extension at the first call on a machine with a GPU; why it cannot be used, or None."""
     if not torch.version.cuda or not torch.cuda.is_available():
         return "torch sees no NVIDIA GPU"
-    if not LIBRARY.exists():
-        return f"the CUDA extension is missing: {cpu.build_info().get('cuda_error', 'it was never built')}"
-    try:
-        torch.ops.load_library(LIBRARY)
-    except (OSError, RuntimeError) as error:
-        return f"the CUDA extension does not load under torch {torch.__version__}: {error}"
-    return None
+    return load(LIBRARY.name, "CUDA extension", "cuda_error")
 
 
 def refusals(inputs: Sequence[Any]) -> list[str]:
@@ -36,6 +29,12 @@ def refusals(inputs: Sequence[Any]) -> list[str]:
         return reasons
     devices = {t.device for t in inputs if isinstance(t, Tensor)}
     return [f"{device} is older than sm_80" for device in devices if torch.cuda.get_device_capability(device) < (8, 0)]
+
+
+def partial_vectors(t: Tensor) -> list[str]:
+    """The reason that channels, the last dimension, do not fill vectors of 16 bytes, if so."""
+    channels = t.shape[-1]
+    return [f"{channels} channels, not a multiple of 16 bytes"] if channels * t.element_size() % 16 else []
 
 
 def aligned(t: Tensor) -> Tensor:

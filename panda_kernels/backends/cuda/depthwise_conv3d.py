@@ -16,11 +16,9 @@ SEGMENTS = 32  # shares of the frames in the weight gradient, at most: 1536 bloc
 
 def refusals(inputs: Sequence[Any]) -> list[str]:
     x, weight = inputs[:2]
-    reasons = cuda.refusals(inputs)
+    reasons = cuda.refusals(inputs) + cuda.partial_vectors(x)
     if weight.shape[2:] != (3, 3, 3):
         reasons.append(f"a kernel of {' x '.join(map(str, weight.shape[2:]))}, not 3 x 3 x 3")
-    if x.shape[-1] * x.element_size() % 16:
-        reasons.append(f"{x.shape[-1]} channels, not a multiple of 16 bytes")
     return reasons
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from ... import resource_pages
 from . import LIBRARY
 
 REGISTERS = 65536  # of a multiprocessor, on every target
@@ -112,21 +112,17 @@ def _name(function: str) -> tuple[str, str]:
 
 def render(table: list[Row]) -> str:
     """The table as a page; :func:`parse` reads it back."""
-    lines = ["# What nvcc makes of the CUDA kernels", "",
-             "Written by `python -m panda_kernels.backends.cuda.resources docs/cuda_resources.md`. Registers a thread,",
-             "spilling instructions, bytes of static shared memory, loads from global memory, those of 16 bytes, the",
-             "instruction of a product, and asynchronous copies. `tests/test_cuda_resources.py` holds the extension as",
-             "it was built to the same limits: no spill, as many blocks on a multiprocessor as the kernel is written",
-             "for, half of the loads of 16 bytes, tensor cores and asynchronous copies where they are claimed.", "",
-             "| " + " | ".join(f.name.replace("_", " ") for f in fields(Row)) + " |", "|" + "---|" * len(fields(Row))]
-    return "\n".join([*lines, *("| " + " | ".join(map(str, astuple(row))) + " |" for row in table), ""])
+    return resource_pages.render(Row, table, [
+        "# What nvcc makes of the CUDA kernels", "",
+        "Written by `python -m panda_kernels.backends.cuda.resources docs/cuda_resources.md`. Registers a thread,",
+        "spilling instructions, bytes of static shared memory, loads from global memory, those of 16 bytes, the",
+        "instruction of a product, and asynchronous copies. `tests/test_cuda_resources.py` holds the extension as",
+        "it was built to the same limits: no spill, as many blocks on a multiprocessor as the kernel is written",
+        "for, half of the loads of 16 bytes, tensor cores and asynchronous copies where they are claimed."])
 
 
 def parse(page: str) -> list[Row]:
-    lines = [line for line in page.splitlines() if line.startswith("|")][2:]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    types: list[Any] = [int if f.type == "int" else str for f in fields(Row)]
-    return [Row(*(of(cell) for of, cell in zip(types, line, strict=True))) for line in cells]
+    return resource_pages.parse(Row, page)
 
 
 def main(file: str) -> int:

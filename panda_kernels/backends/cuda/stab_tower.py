@@ -20,8 +20,7 @@ def refusals(inputs: Sequence[Any]) -> list[str]:
     if error := triton.load_error():
         return [f"triton: {error}"]
     [weight] = inputs
-    odd = weight.shape[-1] * weight.element_size() % 16
-    return cuda.refusals(inputs) + ([f"{weight.shape[-1]} channels, not a multiple of 16 bytes"] if odd else [])
+    return cuda.refusals(inputs) + cuda.partial_vectors(weight)
 
 
 def prepare(patch_weight: Tensor, local: tuple[Tensor, ...], clip_queries: Tensor, windows: tuple[Tensor, ...],
