@@ -119,13 +119,18 @@ class ChunkGradient {
     };
     of(grad, c_, c_, heads_.data(), sums.out, sums.out_bias);
     of(grad_query_.data(), stride_, c_, normalised_.data(), sums.query, sums.query_bias);
-    for (int64_t head = 0; head < w_.heads; ++head) {
-      const int64_t at = head * width_;
-      of(slice(query_, 0, head), stride_, width_, grad_folded_.data() + head * row_bytes(), sums.keys + at * c_,
-         nullptr);
-      of(slice(grad_heads_, 0, head), stride_, width_, pooled_.data() + head * row_bytes(), sums.values + at * c_,
-         sums.values_bias + at);
-    }
+    // One parallel region for all heads; those within it have one thread each.
+    parallel_for(2 * w_.heads, [&](int64_t first, int64_t last) {
+      for (int64_t item = first; item < last; ++item) {
+        const int64_t head = item / 2, at = head * width_;
+        if (item % 2)
+          of(slice(query_, 0, head), stride_, width_, grad_folded_.data() + head * row_bytes(), sums.keys + at * c_,
+             nullptr);
+        else
+          of(slice(grad_heads_, 0, head), stride_, width_, pooled_.data() + head * row_bytes(), sums.values + at * c_,
+             sums.values_bias + at);
+      }
+    });
   }
 
   Dtype dtype_;
