@@ -39,8 +39,11 @@ PAIR = Space("triton.class_tokens.pair", **TILES)
 
 @triton.jit
 def _parameter(vector, k, K: tl.constexpr):
-    """Of a vector ``[K]``, if there is one."""
-    return None if vector is None else tl.load(vector + k, mask=k < K, other=0.0)
+    """Of a vector ``[K]``; if there is none, something that nobody reads, as not every Triton returns None."""
+    value = k
+    if vector is not None:
+        value = tl.load(vector + k, mask=k < K, other=0.0)
+    return value
 
 
 @triton.jit
