@@ -72,11 +72,11 @@ def cases_of(op: str, size: str, backend: str, device: str) -> Iterator[Case]:
         if op == FP8:
             if fp8.has_products(torch.device(device)):
                 yield fp8_case(dtype, label, device, **FP8_SIZES[size])
-                yield tower_case(dtype, f"{label} tower", backend, device, **TOWER_SIZES[size], products=FP8)
+                yield tower_case(dtype, f"{label} tower", backend, device, FP8, **TOWER_SIZES[size])
         elif op != TOWER:
             yield from _op_cases(ops.SPECS[op], size, dtype, backend, device, label)
         else:
-            yield tower_case(dtype, label, backend, device, **TOWER_SIZES[size])
+            yield tower_case(dtype, label, backend, device, "native", **TOWER_SIZES[size])
 
 
 def _op_cases(spec: OpSpec, size: str, dtype: torch.dtype, backend: str, device: str, label: str) -> Iterator[Case]:
@@ -103,8 +103,8 @@ def _function(spec: OpSpec, direction: str, backend: str, inputs: dict[str, Any]
                     if needed and g is not None]
 
 
-def tower_case(dtype: torch.dtype, label: str, server: str, device: str, *, dim: int, clips: int, frames: int,
-               patches: int, products: str = "native") -> Case:
+def tower_case(dtype: torch.dtype, label: str, server: str, device: str, products: str, *, dim: int, clips: int,
+               frames: int, patches: int) -> Case:
     def tower(precision: torch.dtype, backend: str, products: str) -> Callable[[], Sequence[Tensor]]:
         module = STAB(dim, dtype=precision, device=device).eval()
         module.load_state_dict(seeded_tower(dim).state_dict())
