@@ -1,6 +1,7 @@
 """The whole tower, with and without projector, and the memory it needs."""
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ from bench import memory, tower, training
 from bench.half_products import peer_dtype, peer_name
 from bench.measure import Bench
 from bench.records import OURS
+from panda_kernels import fp8
 from panda_kernels.spec import Cost
 
 PROJECTED = ("8 frames", "720p clip", "image", "1 clip", "4 clips")
@@ -37,6 +39,20 @@ def test_tower(bench: Bench, full: bool, case: str, projected: bool, dtype: torc
     bench.row(_labels("tower + projector" if projected else "tower", case, dtype), ours, peers,
               partial(tower.errors, input_, contest, projected), tower.cost(input_, dtype, projected),
               overheads=contest.overheads())
+
+
+def test_fp8(bench: Bench, device: str) -> None:
+    if not fp8.has_products(torch.device(device)):
+        pytest.skip("FP8, of which this device has no products")
+    fp8_row(bench, tower.CASES["8 frames"], device)
+
+
+def fp8_row(bench: Bench, input_: tower.Case, device: str) -> None:
+    contest = tower.by_fp8(device)
+    ours, peers = contest.calls(input_.pixel_values(contest.dtype))
+    bench.row(_labels("tower + projector, FP8", "8 frames", contest.dtype), ours, peers,
+              lambda: replace(tower.errors(input_, contest, True), limit=tower.FP8_LIMIT),
+              tower.cost(input_, contest.dtype, True))
 
 
 def test_training_step(bench: Bench, case: str, dtype: torch.dtype, device: str) -> None:

@@ -33,7 +33,7 @@ ROWS = ("projector", "LSTE", "tower", "tower and projector")
 def errors(clips: int, side: int) -> dict[str, dict[str, float]]:
     """Relative errors of :data:`ROWS` in each of :data:`COLUMNS`, for whole clips of 4 frames of ``side`` patches."""
     exact_tower, exact_head = weights()
-    modules = {dtype: our_modules(dtype, "cpu") for dtype, _ in COLUMNS.values()}
+    modules = {column: our_modules(dtype, "cpu", products) for column, (dtype, products) in COLUMNS.items()}
     pixels = Draw(0, torch.float64)(clips, FRAMES, 4, side * PATCH, side * PATCH)
     pixels[:, :, 3] = 1
     patches = Draw(1, torch.float64)(clips, FRAMES, side, side, DIM)
@@ -43,11 +43,8 @@ def errors(clips: int, side: int) -> dict[str, dict[str, float]]:
         encoded = lste(patches.movedim(-1, 1), exact_tower.lmhra1, exact_tower.dpe).movedim(1, -1)
         exact = exact_head(tokens.double()), encoded, exact_tokens, exact_head(exact_tokens)
         found: dict[str, dict[str, float]] = {name: {} for name in ROWS}
-        for column, (dtype, products) in COLUMNS.items():
-            tower, head = modules[dtype]
-            tower.products = head.products = products
-            given = _run(tower, head.eval(), pixels.to(dtype), tokens.to(dtype), patches.to(dtype))
-            tower.products = head.products = "native"
+        for column, (dtype, _) in COLUMNS.items():
+            given = _run(*modules[column], pixels.to(dtype), tokens.to(dtype), patches.to(dtype))
             for row, result, wanted in zip(found.values(), given, exact, strict=True):
                 row[column] = relative_error(result, wanted)
     return found

@@ -21,6 +21,7 @@ from .measure import Call, Errors, overhead
 from .records import OURS
 
 DIM, PROJECTED, PATCH, WINDOW, HEADS = 1024, 4096, 14, 2, 8
+FP8_LIMIT = 0.066  # a tenth more than docs/numerics.md has for tower and projector
 Rectangle = tuple[int, int, int, int]
 SQUARE: Rectangle = (0, 32, 0, 32)
 WIDESCREEN: Rectangle = (6, 24, 0, 32)  # 1280 x 720 fitted into 448 x 448
@@ -98,9 +99,18 @@ def contenders(dtype: torch.dtype, *, device: str, projected: bool = False, with
     peers = {"reference": packed(reference, modules), "vectorised": packed(VectorisedSTAB(reference), modules)}
     if with_compiled:
         peers["compiled"] = packed(compiled(reference), modules)
-    path = VisualPath(tower, projector if projected else None)
-    return Contenders(dtype, device, lambda pixel_values: path(pixel_values).tokens,
+    return Contenders(dtype, device, _tokens_of(VisualPath(tower, projector if projected else None)),
                       {peer_name(name, dtype, device): run for name, run in peers.items()})
+
+
+def by_fp8(device: str) -> Contenders:
+    """Tower and projector with their products in FP8 beside the same in bfloat16."""
+    runs = {name: _tokens_of(VisualPath(*our_modules(torch.bfloat16, device, name))) for name in ("fp8", "native")}
+    return Contenders(torch.bfloat16, device, runs["fp8"], {"ours, bfloat16": runs["native"]})
+
+
+def _tokens_of(path: VisualPath) -> Run:
+    return lambda pixel_values: path(pixel_values).tokens
 
 
 def errors(case: Case, contest: Contenders, projected: bool) -> Errors:
@@ -164,8 +174,9 @@ def reference_modules(dtype: torch.dtype, device: str) -> tuple[python_ref.STAB,
 
 
 @functools.cache
-def our_modules(dtype: torch.dtype, device: str) -> tuple[STAB, Projector]:
+def our_modules(dtype: torch.dtype, device: str, products: str = "native") -> tuple[STAB, Projector]:
     tower, head = STAB(DIM).to(dtype).eval(), Projector(DIM, PROJECTED).to(dtype).eval()
+    tower.products = head.products = products
     for module, source in zip((tower, head), weights(), strict=True):
         module.to(device).load_state_dict(source.state_dict())
     return tower, head

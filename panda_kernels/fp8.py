@@ -117,12 +117,15 @@ def has_products(device: torch.device) -> bool:
             and torch.cuda.get_device_capability(device) >= (8, 9))
 
 
-def checked(module: str, name: str) -> str:
-    """``name``, for a module's attribute ``products``.
+class HasProducts:
+    """A module's attribute ``products``, one of :data:`PRODUCTS`; setting another name raises ValueError."""
 
-    Raises:
-        ValueError: it is not one of :data:`PRODUCTS`.
-    """
-    if name not in PRODUCTS:
-        raise ValueError(f"{module}: products: expected one of {', '.join(PRODUCTS)}, got {name!r}")
-    return name
+    @property
+    def products(self) -> str:
+        return self._products
+
+    @products.setter
+    def products(self, name: str) -> None:
+        if name not in PRODUCTS:
+            raise ValueError(f"{type(self).__name__}: products: expected one of {', '.join(PRODUCTS)}, got {name!r}")
+        self._products = name

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import half_products, machine, measure, table, tower
+from bench import bench_tower, half_products, machine, measure, table, tower
 from bench.measure import OURS
 from panda_kernels.spec import Cost
 
@@ -97,6 +97,19 @@ def test_row_interleaves_and_records():
     assert (ours.error, ours.error_limit, ours.overhead_seconds) == (1e-7, 2e-7, 0.5)
     assert (rows["reference"].error, rows["other"].error) == (1.5e-7, None)
     assert rows["other"].note == "a part" and rows["other"].median > 1e3 * ours.median
+
+
+def test_row_of_fp8(monkeypatch):
+    """By the emulation, for a small clip."""
+    monkeypatch.setattr(tower, "SQUARE", (0, 4, 0, 4))
+    bench = measure.Bench(FACTS, PEAKS, seconds=0.0)
+    bench_tower.fp8_row(bench, tower.Case(1, rectangle=(0, 4, 0, 4)), "cpu")
+    rows = {row.contender: row for row in bench.rows}
+    assert list(rows) == [OURS, "ours, bfloat16"] and rows[OURS].op == "tower + projector, FP8"
+    assert 0.02 < rows[OURS].error < rows[OURS].error_limit == tower.FP8_LIMIT
+    monkeypatch.setattr(tower, "FP8_LIMIT", 0.02)
+    with pytest.raises(measure.WrongResult):
+        bench_tower.fp8_row(bench, tower.Case(1, rectangle=(0, 4, 0, 4)), "cpu")
 
 
 def test_summary_of_samples():

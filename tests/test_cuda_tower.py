@@ -33,6 +33,12 @@ def test_close_to_float64(name: str, dtype: torch.dtype) -> None:
     assert ours[0] <= limits[0] and ours[1] <= limits[1], f"errors {ours}, torch's own {theirs}"
 
 
+@by_triton.BY_FP8
+def test_by_fp8_no_worse_than_composed() -> None:
+    ours, composed = by_triton.errors_by_fp8("even_heads", torch.bfloat16, stab_tower)
+    assert 1e-3 < ours[1] < 0.1 and all(a < 1.2 * b for a, b in zip(ours, composed, strict=True)), (ours, composed)
+
+
 def test_the_attention_of_windows_is_where_it_serves() -> None:
     served = {name: not window_attention_pool.unserved(torch.bfloat16, case.dim, case.heads, case.window)
               for name, case in CASES.items()}

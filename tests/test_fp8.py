@@ -274,6 +274,9 @@ def test_the_kernel_is_tuned_at_all_that_is_quantised() -> None:
     assert not list(cases.cases_of("fp8", "clips2", "triton", "cpu")), "no GPU, no e4m3"
     case = cases.fp8_case(torch.bfloat16, "", "cpu", tokens=(6, 64), bottleneck=(6, 42), hidden=(4, 96))
     assert all(error < HALF_UNIT for error in case.errors(case.exactly()))
+    case = cases.tower_case(torch.float32, "", "auto", "cpu", "fp8", **cases.TOWER_SIZES["small"])
+    with torch.no_grad():
+        assert 1e-3 < case.errors(case.exactly())[0] < 0.1
     with _launch.recorded() as launches, lookup.observed() as session:
         for _, width in cases.FP8_SIZES["clips2"].values():
             kernels.quantise(torch.empty(2, width, device="meta"), width, gelu=False)

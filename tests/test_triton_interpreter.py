@@ -50,6 +50,13 @@ def product(a, b, y, N: tl.constexpr):
 
 
 @triton.jit
+def product_of_e4m3(a, b, y, N: tl.constexpr):
+    i = tl.arange(0, N)
+    square = i[:, None] * N + i[None, :]
+    tl.store(y + square, tl.dot(tl.load(a + square), tl.load(b + square)))
+
+
+@triton.jit
 def sum_below(a, b, y, N: tl.constexpr):
     i = tl.arange(0, N)
     total = tl.zeros([N], tl.float32)
@@ -105,6 +112,18 @@ def test_e4m3(monkeypatch: pytest.MonkeyPatch) -> None:
         results.append(y.view(torch.uint8)[:len(a)])
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fp_to_fp", REPLACED["create_fp_to_fp"])
     assert torch.equal(results[0], expected) and not torch.equal(results[1], expected)
+
+
+def test_products_of_e4m3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every number of it, with NaN among them."""
+    a = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(N, N)
+    b = torch.eye(N).to(torch.float8_e4m3fn)
+    expected = a.float() @ b.float()
+    for isclose in (True, False):
+        y = torch.zeros(N, N)
+        product_of_e4m3[(1,)](a, b, y, N=N)
+        assert torch.equal(y.nan_to_num(500), expected.nan_to_num(500)) == isclose
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", REPLACED["create_dot"])
 
 
 def test_a_loop_to_a_loaded_bound(monkeypatch: pytest.MonkeyPatch) -> None:

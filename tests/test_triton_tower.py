@@ -4,6 +4,7 @@ Compiled where there is a GPU, else in the repaired interpreter.
 """
 from __future__ import annotations
 
+import copy
 from functools import cache
 from itertools import product
 from typing import Any
@@ -22,7 +23,7 @@ from tower_cases import Case, errors
 
 import python_ref
 from bench import launches
-from panda_kernels import backends
+from panda_kernels import backends, fp8
 from panda_kernels.backends.triton import stab_tower, token_mlp
 from panda_kernels.nn import STAB, Projector
 from panda_kernels.nn.stab import prepared_by
@@ -31,6 +32,8 @@ from panda_kernels.spec import Tolerance, relative_error
 from panda_kernels.triton._launch import recorded
 
 DTYPES = (torch.float32, torch.bfloat16)
+BY_FP8 = pytest.mark.skipif(DEVICE == "cuda" and not fp8.has_products(torch.device("cuda")),
+                            reason="this GPU does not multiply e4m3")
 
 
 CASES = {
@@ -113,6 +116,30 @@ def test_close_to_float64(name: str, dtype: torch.dtype) -> None:
     assert ours[0] <= limits[0] and ours[1] <= limits[1], f"errors {ours}, torch's own {theirs}"
 
 
+def errors_by_fp8(name: str, dtype: torch.dtype, server: Any) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Of the server's one call, and of the tower composed of its ops on the CPU, which quantises twice as much."""
+    (x, rectangles, present), (exact, _) = frames_of(name), by_reference(name, torch.float64)
+    tower = tower_of(name, dtype)[0]
+    composed = copy.deepcopy(tower).cpu()
+    composed.products = "fp8"
+    on_device = rectangles._replace(corners=rectangles.corners.to(DEVICE))
+    with torch.no_grad(), poisoned():
+        tokens, cu_seqlens, _ = server.run(server.by_fp8(prepared_by(server, tower)), x.to(DEVICE), on_device,
+                                           None if present is None else present.to(DEVICE))
+        theirs = composed(x, rectangles, present=present).tokens
+    assert tokens.dtype == dtype
+    ours, theirs = (errors(y.cpu(), exact, cu_seqlens.cpu()[:-1]) for y in (tokens, theirs))
+    return ours, theirs
+
+
+@BY_FP8
+@pytest.mark.parametrize(("name", "dtype"), [("two", torch.float16), ("three", torch.bfloat16), ("four", torch.float32),
+                                             ("five_windows_of_3", torch.float32)])
+def test_by_fp8_no_worse_than_composed(name: str, dtype: torch.dtype) -> None:
+    ours, composed = errors_by_fp8(name, dtype, stab_tower)
+    assert 1e-3 < ours[1] < 0.1 and all(a < 1.2 * b for a, b in zip(ours, composed, strict=True)), (ours, composed)
+
+
 @pytest.mark.parametrize("name", ["image", "two"])
 def test_a_clip_beside_nan_has_its_own_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for the libraries' products, torch's and the interpreter's, whose order of summing may follow the place of a
@@ -155,6 +182,23 @@ def test_launches(clips: int, frames: int, most: int) -> None:
         "aten.mm.default", "aten.addmm.default"]
 
 
+def test_launches_by_fp8() -> None:
+    """As many, two of them others."""
+    with torch.no_grad():
+        native = prepared_by(stab_tower, STAB(64, dtype=torch.bfloat16, device="meta").eval())
+    pixels = torch.empty(2, 4, 3, 56, 56, dtype=torch.uint8, device="meta")
+    rectangles = Rectangles(torch.empty(8, 4, dtype=torch.int64, device="meta"), 32, 56)
+    names = []
+    for prepared in (native, stab_tower.by_fp8(native)):
+        with torch.no_grad(), launches.counted() as found:
+            stab_tower.run(prepared, pixels, rectangles, None)
+        names.append([launch.name for launch in found])
+    others = [(a, b) for a, b in zip(*names, strict=True) if a != b]
+    assert len(names[0]) <= 20 and others == [
+        ("local_encoding.convolve_over_time", "local_encoding.quantise_over_time"),
+        ("matmul.product", "matmul.scaled_product")]
+
+
 def test_a_copy_would_be_counted() -> None:
     with launches.counted() as found:
         torch.empty(4, 6, device="meta").t().contiguous().add_(1)
@@ -190,6 +234,33 @@ def test_the_tower_goes_there_in_inference(monkeypatch: pytest.MonkeyPatch) -> N
         by_op = token_mlp.fwd(output.tokens, *projector.parameters())
     assert all(torch.equal(given, wanted) for given, wanted in zip(output, expected, strict=True))
     assert relative_error(projected, by_op) < 1e-2
+
+
+@BY_FP8
+def test_the_tower_goes_there_by_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the device has such products; what is kept of the weights is renewed with ``products``."""
+    monkeypatch.setattr(stab_tower, "refusals", lambda inputs: [])
+    monkeypatch.setattr(backends, "load_error", lambda name: None)
+    x, rectangles, _ = frames_of("three")
+    tower = copy.deepcopy(tower_of("three", torch.bfloat16)[0])
+    rectangles, x = rectangles._replace(corners=rectangles.corners.to(DEVICE)), x.to(DEVICE)
+    tower.backend, tower.products = "triton", "fp8"
+    with torch.no_grad():
+        monkeypatch.setattr(fp8, "has_products", lambda device: False)
+        with monkeypatch.context() as patch:
+            patch.setattr(STAB, "_compose", lambda *args: torch.tensor(7))
+            assert tower(x, rectangles).tokens == 7
+        monkeypatch.setattr(fp8, "has_products", lambda device: True)
+        tokens, kept = tower(x, rectangles).tokens, tower.constants()
+        prepared = prepared_by(stab_tower, tower)
+        expected, native = (stab_tower.run(weights, x, rectangles, None)[0]
+                            for weights in (stab_tower.by_fp8(prepared), prepared))
+        assert torch.equal(tokens, expected) and not torch.equal(tokens, native)
+        tower.products = "native"
+        assert torch.equal(tower(x, rectangles).tokens, native)
+        tower.products = "fp8"
+        assert tower.constants() is not kept, "its memory was given back"
+        assert torch.equal(tower(x, rectangles).tokens, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,7 +3,8 @@
 The interpreter keeps bfloat16 as bits in uint16 and, in 3.6 and 3.7, computes with them as if they were integers, cuts
 them off instead of rounding, and multiplies them in ``tl.dot``; none of it raises. Here an operation on bfloat16 is
 one in float32 with the result rounded to nearest, ties to even. To e4m3 it rounds ties up, and loses what a mantissa
-carries into the exponent; here it rounds as torch and saturates as a GPU. TF32 is not emulated, nor are races.
+carries into the exponent; here it rounds as torch and saturates as a GPU. In products it takes e4m3's NaN for 480. TF32
+is not emulated, nor are races.
 """
 from __future__ import annotations
 
@@ -29,6 +30,12 @@ def _widen(handle: TensorHandle) -> TensorHandle:
     if not _is_bfloat16(handle):
         return handle
     return TensorHandle((handle.data.astype(np.uint32) << np.uint32(16)).view(np.float32), tl.float32)
+
+
+def _from_e4m3(handle: TensorHandle) -> TensorHandle:
+    if handle.dtype.scalar != tl.float8e4nv:
+        return handle
+    return TensorHandle(torch.from_numpy(handle.data).view(torch.float8_e4m3fn).float().numpy(), tl.float32)
 
 
 def _round(values: np.ndarray) -> TensorHandle:
@@ -63,7 +70,7 @@ def _cast(method: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
 def _dot(method: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
     @functools.wraps(method)
     def repaired(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
-        return method(self, _widen(a), _widen(b), *rest)
+        return method(self, *(_widen(_from_e4m3(handle)) for handle in (a, b)), *rest)
 
     return repaired
 

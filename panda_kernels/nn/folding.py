@@ -65,9 +65,9 @@ class Folded(Generic[M, T]):
 
     A change is a tensor replaced (``.to``, ``load_state_dict(assign=True)``, a new ``Parameter``) or written in place
     (``load_state_dict``, ``copy_``): storage, address and torch's version counter are compared. Any optimizer's step
-    counts as a change, and so does another ``backend`` of a module that has one. Torch does not count writes through
-    ``.data``; call :meth:`clear` after them. Weights made in inference mode have no counter, so what follows from them
-    is never kept.
+    counts as a change, and so does another ``backend`` or ``products`` of a module that has one. Torch does not count
+    writes through ``.data``; call :meth:`clear` after them. Weights made in inference mode have no counter, so what
+    follows from them is never kept.
 
     Only for use where :func:`can_fold` holds. ``build`` runs without gradients and outside autocast; to pickle the
     module it must be a module-level function.
@@ -76,7 +76,7 @@ class Folded(Generic[M, T]):
     def __init__(self, module: M, build: Callable[[M], T]) -> None:
         self.module = module
         self.build = build
-        self._kept: tuple[tuple[int, str | None, list[tuple[int, int, int]]], list[StorageWeakRef], T] | None = None
+        self._kept: tuple[tuple[object, ...], list[StorageWeakRef], T] | None = None
 
     def get(self) -> T:
         tensors = tensors_of(self.module)
@@ -84,7 +84,8 @@ class Folded(Generic[M, T]):
             warnings.warn(f"{type(self.module).__name__}: weights made or moved in inference mode have no version, so "
                           "what follows from them is computed at every call; make them outside it", stacklevel=2)
             return self._build(tensors)
-        key = (_steps, getattr(self.module, "backend", None), [_identity(t) for t in tensors])
+        settings = getattr(self.module, "backend", None), getattr(self.module, "products", None)
+        key = (_steps, *settings, [_identity(t) for t in tensors])
         if self._kept is None or self._kept[0] != key:
             if is_recording(tensors[0].device):  # what is only noted down has no value yet
                 return self._build(tensors)

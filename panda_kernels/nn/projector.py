@@ -11,7 +11,7 @@ from .. import backends, checkpoint, fp8, ops
 from .folding import Folded, can_serve
 
 
-class Projector(nn.Sequential):
+class Projector(nn.Sequential, fp8.HasProducts):
     """``Linear(dim -> out_dim)``, exact GELU, ``Linear(out_dim -> out_dim)`` on every token.
 
     The children ``0`` and ``2`` hold the parameters, as in the checkpoints.
@@ -33,19 +33,9 @@ class Projector(nn.Sequential):
         self.backend = "auto"
         self.products = "native"
         self._prepared = Folded(self, _prepare)
-        self._quantised = Folded(self, _quantise)
-
-    @property
-    def products(self) -> str:
-        return self._products
-
-    @products.setter
-    def products(self, name: str) -> None:
-        self._products = fp8.checked("Projector", name)
 
     def train(self, mode: bool = True) -> Projector:
         self._prepared.clear()
-        self._quantised.clear()
         return super().train(mode)
 
     @classmethod
@@ -70,7 +60,7 @@ class Projector(nn.Sequential):
         """
         can_prepare = self._can_prepare(x)
         if can_prepare and self.products == "fp8":
-            return _by_fp8(x, *self._quantised.get())
+            return _by_fp8(x, *self._prepared.get())
         server = _preparing_backend(self) if can_prepare else None
         if server is None:
             return ops.token_mlp(x, *_weights(self), backend=self.backend)
@@ -79,7 +69,7 @@ class Projector(nn.Sequential):
     def constants(self) -> object:
         """What inference keeps of the weights: another object after a change of them or of ``products``, and after
         ``eval()``."""
-        return (self._quantised if self.products == "fp8" else self._prepared).get()
+        return self._prepared.get()
 
     def _can_prepare(self, x: Tensor) -> bool:
         """Inference on tokens that need no check by the op: packed weights can be kept from call to call."""
@@ -100,14 +90,12 @@ def _preparing_backend(projector: Projector) -> Any:
 
 
 def _prepare(projector: Projector) -> Any:
-    """The weights as the backend that packs them wants them; as they are where none does."""
+    """The weights quantised, or as the backend that packs them wants them; as they are where none does."""
+    w1, b1, w2, b2 = weights = _weights(projector)
+    if projector.products == "fp8":
+        return fp8.prepare(w1, b1), fp8.prepare(w2, b2)
     server = _preparing_backend(projector)
-    return _weights(projector) if server is None else server.prepare(*_weights(projector))
-
-
-def _quantise(projector: Projector) -> tuple[fp8.Fp8Weight, fp8.Fp8Weight]:
-    w1, b1, w2, b2 = _weights(projector)
-    return fp8.prepare(w1, b1), fp8.prepare(w2, b2)
+    return weights if server is None else server.prepare(*weights)
 
 
 def _by_fp8(x: Tensor, first: fp8.Fp8Weight, last: fp8.Fp8Weight) -> Tensor:

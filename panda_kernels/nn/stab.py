@@ -30,7 +30,7 @@ class STABOutput(NamedTuple):
     grid: Tensor
 
 
-class STAB(nn.Module):
+class STAB(nn.Module, fp8.HasProducts):
     """The visual tower of Video-Panda, with the released parameter names and initialisation.
 
     Args:
@@ -46,10 +46,10 @@ class STAB(nn.Module):
     Attributes:
         backend: which implementation of the ops to use, ``auto`` or a name of ``panda_kernels.backends.NAMES``.
             Setting it sets it for the parts as well.
-        products: ``native`` (the default), or ``fp8`` for LSTE's two pointwise products in e4m3 (panda_kernels/fp8.py):
-            on GPUs that multiply it, elsewhere emulated and slow. The tower is then composed of its ops. Only in
-            inference, by running statistics; where a gradient is wanted, in training mode, under autocast and in a
-            compiled graph they stay native. Setting another name raises ValueError.
+        products: ``native`` (the default), or ``fp8`` for LSTE's pointwise products in e4m3 (panda_kernels/fp8.py): on
+            GPUs that multiply it the second, in the tower's one call; elsewhere both, emulated and slow, in a tower
+            composed of its ops. Only in inference, by running statistics; where a gradient is wanted, in training mode,
+            under autocast and in a compiled graph they stay native. Setting another name raises ValueError.
 
     In evaluation mode without gradients, what depends on the weights alone is computed once and kept until a weight
     changes. Torch does not notice writes through ``tensor.data``; call ``eval()`` after them.
@@ -80,7 +80,6 @@ class STAB(nn.Module):
         self.proj = nn.Sequential(nn.LayerNorm(dim, **factory), nn.Dropout(dropout), nn.Linear(dim, dim, **factory))
         self._folded = Folded(self, _fold)
         self._streamed = Folded(self, _prepare_streamed)
-        self._encoding = Folded(self, _quantise_encoding)
         self.backend = "auto"
         self.products = "native"
 
@@ -119,18 +118,9 @@ class STAB(nn.Module):
         for part in (self.dec, self.local_attention, self.global_attention):
             part.backend = name
 
-    @property
-    def products(self) -> str:
-        return self._products
-
-    @products.setter
-    def products(self, name: str) -> None:
-        self._products = fp8.checked("STAB", name)
-
     def train(self, mode: bool = True) -> STAB:
         self._folded.clear()
         self._streamed.clear()
-        self._encoding.clear()
         return super().train(mode)
 
     def forward(self, pixel_values: Tensor, rectangles: Rectangles | None = None, *,
@@ -176,8 +166,9 @@ class STAB(nn.Module):
         return Rectangles.from_mask(mask, self.patch, self.window)
 
     def constants(self) -> object:
-        """What inference keeps of the weights: another object after a change of them, and after ``eval()``."""
-        return self._folded.get()
+        """What inference keeps of the weights: another object after a change of them or of ``products``, and after
+        ``eval()``."""
+        return (self._folded if _streaming_backend(self) is None else self._streamed).get()
 
     def _check(self, pixel_values: Tensor, rectangles: Rectangles | None, present: Tensor | None) -> None:
         check = Checks("STAB")
@@ -205,7 +196,7 @@ class STAB(nn.Module):
 
     def _stream(self, pixel_values: Tensor, rectangles: Rectangles, present: Tensor | None) -> STABOutput | None:
         """The tower in one call, where a backend has it whole; None where it is to be composed."""
-        if not self._can_stream(pixel_values) or self._encodes_by_fp8(pixel_values):
+        if not self._can_stream(pixel_values):
             return None
         server = _streaming_backend(self)
         if server is None:
@@ -218,9 +209,6 @@ class STAB(nn.Module):
         """Streaming is for inference, by running statistics."""
         norm: Any = self.lmhra1.pos_embed[0]
         return not norm.training and can_serve(self, pixel_values)
-
-    def _encodes_by_fp8(self, pixel_values: Tensor) -> bool:
-        return self.products == "fp8" and pixel_values.shape[1] > 1 and self._can_stream(pixel_values)
 
     def _check_rectangles(self, pixel_values: Tensor, rectangles: Rectangles) -> None:
         """What the ops of the composed tower check themselves."""
@@ -237,8 +225,8 @@ class STAB(nn.Module):
         x3 = ops.patch_embed(pixel_values, self.patch_embedding.weight, present=present, backend=self.backend)
         g = None
         if x3.shape[1] > 1:
-            if self._encodes_by_fp8(pixel_values):
-                x2 = lste_fp8.encode(x3, self._encoding.get(), backend=self.backend)
+            if folded.encoding is not None and self._can_stream(pixel_values):
+                x2 = lste_fp8.encode(x3, folded.encoding, backend=self.backend)
             else:
                 x2 = encode(x3, self.lmhra1, self.dpe, affine=folded.norm, backend=self.backend)
             g = self.dec(self.temporal_cls_token, x2.flatten(1, 3), folded=folded.gstra)
@@ -258,14 +246,16 @@ class STAB(nn.Module):
 
 
 class _FoldedWeights(NamedTuple):
-    """What the composed tower needs of the weights alone: BatchNorm as an affine, and the two folded queries."""
+    """What the composed tower needs of the weights alone: BatchNorm as an affine, the two folded queries, and LSTE's
+    weights in FP8 if asked for."""
 
     norm: Affine | None
     gstra: Tensor | None
     fsra: Tensor | None
+    encoding: lste_fp8.Fp8Encoding | None
 
 
-_NOTHING_FOLDED = _FoldedWeights(None, None, None)
+_NOTHING_FOLDED = _FoldedWeights(None, None, None, None)
 
 
 def _fold(tower: STAB) -> _FoldedWeights:
@@ -275,20 +265,23 @@ def _fold(tower: STAB) -> _FoldedWeights:
         norm=None if norm.training else batch_norm_affine(norm),
         gstra=tower.dec.fold(tower.temporal_cls_token),
         fsra=tower.global_attention.fold(tower.class_embedding),
+        encoding=lste_fp8.prepare(tower.lmhra1, tower.dpe) if tower.products == "fp8" else None,
     )
 
 
-def _quantise_encoding(tower: STAB) -> lste_fp8.Fp8Encoding:
-    return lste_fp8.prepare(tower.lmhra1, tower.dpe)
-
-
 def _streaming_backend(tower: STAB) -> Any:
-    return backends.first("stab_tower", "run", tower.backend, (tower.split_embedding,))
+    """Whose tower is one call, with the products that are asked for, or None."""
+    direction, weight = "run" if tower.products == "native" else "by_fp8", tower.split_embedding
+    if direction == "by_fp8" and not fp8.has_products(weight.device):
+        return None
+    return backends.first("stab_tower", direction, tower.backend, (weight,))
 
 
 def _prepare_streamed(tower: STAB) -> Any:
     """The weights as the backend that streams the tower wants them."""
-    return prepared_by(_streaming_backend(tower), tower)
+    server = _streaming_backend(tower)
+    prepared = prepared_by(server, tower)
+    return prepared if tower.products == "native" else server.by_fp8(prepared)
 
 
 def prepared_by(server: Any, tower: STAB) -> Any:

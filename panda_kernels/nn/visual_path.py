@@ -76,8 +76,7 @@ def by_graphs(graphs: Graphs, tower: STAB, projector: Projector | None, run: Run
         return run(pixels, Rectangles(corners, num_windows, num_tokens), present)
 
     settings = (num_windows, num_tokens, torch.backends.cuda.matmul.fp32_precision,
-                torch.are_deterministic_algorithms_enabled(), *(part.products for part in parts),
-                *(module.__dict__.get("backend") for module in modules))
+                torch.are_deterministic_algorithms_enabled(), *(module.__dict__.get("backend") for module in modules))
     # Past the rectangles nobody reads the mask.
     inputs = (pixel_values[:, :, :3], corners, present)
     return STABOutput(*graphs.call(function, inputs, lambda: tuple(part.constants() for part in parts), settings))

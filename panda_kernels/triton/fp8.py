@@ -27,6 +27,20 @@ class Rows(Config):
 QUANTISE_ROWS = Space("triton.fp8.quantise_rows", rows=(1, 2, 4, 8), threads=(128, 256, 512))
 
 
+@triton.jit
+def store_quantised(values, scales, row, inside, k, value, WIDTH: tl.constexpr):
+    """``value / scale`` to ``values[row, k]`` for whole rows, and their scales; that of a row not finite is NaN."""
+    size = tl.abs(value)
+    # A NaN is not less than infinity, and a maximum would pass it over.
+    largest = tl.max(tl.where(size < float("inf"), size, float("inf")), axis=1, keep_dims=True)
+    # Divisions that round as torch's do: the emulation has the same bits.
+    scale = tl.maximum(tl.div_rn(largest, 448.0), 1.1754943508222875e-38)
+    scale = tl.where(largest < float("inf"), scale, float("nan"))
+    value *= tl.div_rn(1.0, scale)
+    tl.store(values + row * WIDTH + k, value.to(values.dtype.element_ty), mask=inside & (k < WIDTH))
+    tl.store(scales + row, scale, mask=inside)
+
+
 @triton.jit(do_not_specialize=["M"])
 def quantise_rows(x, values, scales, M, K: tl.constexpr, WIDTH: tl.constexpr, GELU: tl.constexpr,
                   BLOCK_K: tl.constexpr, ROWS: tl.constexpr):
@@ -36,15 +50,7 @@ def quantise_rows(x, values, scales, M, K: tl.constexpr, WIDTH: tl.constexpr, GE
     value = tl.load(x + row * K + k, mask=(row < M) & (k < K), other=0.0).to(tl.float32)
     if GELU:
         value *= normal_cdf(value)
-    size = tl.abs(value)
-    # A NaN is not less than infinity, and a maximum would pass it over.
-    largest = tl.max(tl.where(size < float("inf"), size, float("inf")), axis=1, keep_dims=True)
-    # Divisions that round as torch's do: the emulation has the same bits.
-    scale = tl.maximum(tl.div_rn(largest, 448.0), 1.1754943508222875e-38)
-    scale = tl.where(largest < float("inf"), scale, float("nan"))
-    value *= tl.div_rn(1.0, scale)
-    tl.store(values + row * WIDTH + k, value.to(values.dtype.element_ty), mask=(row < M) & (k < WIDTH))
-    tl.store(scales + row, scale, mask=row < M)
+    store_quantised(values, scales, row, row < M, k, value, WIDTH)
 
 
 def rows_of(width: int) -> Rows:

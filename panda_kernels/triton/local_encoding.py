@@ -10,11 +10,13 @@ The bottleneck (682 for C = 1024) is stored with rows of a multiple of 16 bytes,
 along C. Clips of more than four frames are taken two frames a program, with one more computed on either side.
 
 Where the product down is composed with the patch embedding (backends/triton/stab_tower.py) one plain product gives x0
-and the bottleneck, and ``convolve_over_time`` is a pass of its own.
+and the bottleneck, and ``convolve_over_time`` is a pass of its own. ``quantise_over_time`` leaves e4m3 for a product in
+FP8: a program then has whole rows, whose scales it needs, and the parameters of 1024 channels in its registers.
 """
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -22,8 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import Space, choose
-from ._launch import Config, cdiv, launch
+from ._launch import Config, cdiv, launch, next_power_of_2
 from ._precision import input_precision
+from .fp8 import store_quantised
 from .matmul import accumulate
 
 
@@ -61,6 +64,7 @@ DOWN = Space("triton.local_encoding.down", **TILES)
 DOWN_GRADIENT = Space("triton.local_encoding.down_gradient", **TILES)
 CONVOLVE = Space("triton.local_encoding.convolve_over_time", positions=(8, 16, 32), block_n=(32, 64),
                  threads=(64, 128, 256))
+QUANTISE = Space("triton.local_encoding.quantise_over_time", positions=(1, 2, 4), threads=(128, 256, 512))
 FOLD = Space("triton.local_encoding.fold", rows=(1, 2, 4, 8), threads=(128, 256))
 
 
@@ -155,6 +159,33 @@ def down(x, weight, rows, inner, over_time, num_positions, T, P, C: tl.constexpr
         _store(over_time, here, there, n, _over_time(values, i, before, at, after) + offset_over_time, R, WIDTH)
 
 
+@triton.jit
+def _pass(inner, rows, over_time, scales, tile, n0, num_positions, T, P, INNER_WIDTH: tl.constexpr,
+          WIDTH: tl.constexpr, POSITIONS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The temporal convolution of a tile of positions and the channels from ``n0`` on, quantised if it has scales."""
+    # Parameters are loaded as whole tiles, out of the caches: one row of them would have to change its layout.
+    n = n0 + tl.arange(0, BLOCK_N)[None, :] + tl.zeros([POSITIONS, 1], tl.int32)
+    row, exists, _ = _place(tile, num_positions, T, P, 1, 0, POSITIONS)
+    inside = exists & (n < WIDTH)
+    offset, offset_over_time = _row(rows, 0, n, WIDTH), _row(rows, 4, n, WIDTH)
+    before, at, after = _row(rows, 1, n, WIDTH), _row(rows, 2, n, WIDTH), _row(rows, 3, n, WIDTH)
+    previous = tl.zeros([POSITIONS, BLOCK_N], tl.float32)
+    current = tl.load(inner + row * INNER_WIDTH + n, mask=inside, other=0.0).to(tl.float32) + offset
+    coming = tl.load(inner + (row + P) * INNER_WIDTH + n, mask=inside & (T > 1), other=0.0)
+    for t in range(0, T):
+        here = row + t * P.to(tl.int64)
+        following = tl.where(t + 1 < T, coming.to(tl.float32) + offset, 0.0)
+        # Two frames ahead, so that a row's scale is found meanwhile.
+        coming = tl.load(inner + (here + 2 * P) * INNER_WIDTH + n, mask=inside & (t + 2 < T), other=0.0)
+        result = before * previous + at * current + after * following + offset_over_time
+        if scales is None:
+            tl.store(over_time + here * WIDTH + n, result.to(over_time.dtype.element_ty), mask=inside)
+        else:
+            store_quantised(over_time, scales, here, exists, n, result, WIDTH)
+        previous = current
+        current = following
+
+
 @triton.jit(do_not_specialize=["num_positions", "T", "P"])
 def convolve_over_time(inner, rows, over_time, num_positions, T, P, INNER_WIDTH: tl.constexpr, WIDTH: tl.constexpr,
                        POSITIONS: tl.constexpr, BLOCK_N: tl.constexpr):
@@ -163,22 +194,17 @@ def convolve_over_time(inner, rows, over_time, num_positions, T, P, INNER_WIDTH:
     A thread has one vector of channels at one position and passes through the clip, so that each is read once.
     """
     N_TILES: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
-    # Parameters are loaded as whole tiles, out of the caches: one row of them would have to change its layout.
-    n = tl.program_id(0) % N_TILES * BLOCK_N + tl.arange(0, BLOCK_N)[None, :] + tl.zeros([POSITIONS, 1], tl.int32)
-    row, exists, _ = _place(tl.program_id(0) // N_TILES, num_positions, T, P, 1, 0, POSITIONS)
-    inside = exists & (n < WIDTH)
-    offset, offset_over_time = _row(rows, 0, n, WIDTH), _row(rows, 4, n, WIDTH)
-    before, at, after = _row(rows, 1, n, WIDTH), _row(rows, 2, n, WIDTH), _row(rows, 3, n, WIDTH)
-    previous = tl.zeros([POSITIONS, BLOCK_N], tl.float32)
-    current = tl.load(inner + row * INNER_WIDTH + n, mask=inside, other=0.0).to(tl.float32) + offset
-    for t in range(0, T):
-        here = row + t * P.to(tl.int64)
-        following = tl.load(inner + (here + P) * INNER_WIDTH + n, mask=inside & (t + 1 < T), other=0.0)
-        following = tl.where(t + 1 < T, following.to(tl.float32) + offset, 0.0)
-        result = before * previous + at * current + after * following + offset_over_time
-        tl.store(over_time + here * WIDTH + n, result.to(over_time.dtype.element_ty), mask=inside)
-        previous = current
-        current = following
+    n0 = tl.program_id(0) % N_TILES * BLOCK_N
+    _pass(inner, rows, over_time, None, tl.program_id(0) // N_TILES, n0, num_positions, T, P, INNER_WIDTH, WIDTH,
+          POSITIONS, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=["num_positions", "T", "P"])
+def quantise_over_time(inner, rows, over_time, scales, num_positions, T, P, INNER_WIDTH: tl.constexpr,
+                       WIDTH: tl.constexpr, POSITIONS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The same in e4m3, with a scale a row (fp8.py); ``BLOCK_N`` channels are all."""
+    _pass(inner, rows, over_time, scales, tl.program_id(0), 0, num_positions, T, P, INNER_WIDTH, WIDTH, POSITIONS,
+          BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["num_positions", "T", "P"])
@@ -256,14 +282,29 @@ def over_time(inner: Tensor, rows: Tensor, frames: int, positions: int) -> Tenso
 
     ``rows[5, width]`` is as :func:`folded` gives it, ``positions`` the tokens of each of a clip's ``frames``.
     """
-    tokens, width = inner.shape
-    single = inner.dtype == torch.float32
+    width, single = inner.shape[1], inner.dtype == torch.float32
     config = choose(CONVOLVE, Pass(positions=16, block_n=32 if single else 64), inner, width=width)
-    result = torch.empty(tokens, width, dtype=inner.dtype, device=inner.device)
-    launch(convolve_over_time, cdiv(tokens // frames, config.positions) * cdiv(width, config.block_n),
-           config, inner=inner, rows=rows, over_time=result, num_positions=tokens // frames, T=frames, P=positions,
-           INNER_WIDTH=inner.stride(0), WIDTH=width)
+    result = torch.empty(inner.shape, dtype=inner.dtype, device=inner.device)
+    _launch_pass(convolve_over_time, config, inner, frames, positions, rows=rows, over_time=result)
     return result
+
+
+def quantised_over_time(inner: Tensor, rows: Tensor, frames: int, positions: int) -> tuple[Tensor, Tensor]:
+    """:func:`over_time` rounded once, to e4m3 ``[tokens, width]``, with float32 scales ``[tokens, 1]``."""
+    block = next_power_of_2(inner.shape[1])
+    # Eight numbers a thread: the parameters of each and three frames fill its registers.
+    config = choose(QUANTISE, Pass(positions=max(1, 2048 // block), block_n=block, threads=256), inner,
+                    width=inner.shape[1])
+    values = torch.empty(inner.shape, dtype=torch.float8_e4m3fn, device=inner.device)
+    scales = torch.empty(len(inner), 1, dtype=torch.float32, device=inner.device)
+    _launch_pass(quantise_over_time, config, inner, frames, positions, rows=rows, over_time=values, scales=scales)
+    return values, scales
+
+
+def _launch_pass(kernel: Any, config: Pass, inner: Tensor, frames: int, positions: int, **tensors: Tensor) -> None:
+    width, num_positions = inner.shape[1], len(inner) // frames
+    launch(kernel, cdiv(num_positions, config.positions) * cdiv(width, config.block_n), config, inner=inner, **tensors,
+           num_positions=num_positions, T=frames, P=positions, INNER_WIDTH=inner.stride(0), WIDTH=width)
 
 
 def bottleneck_gradient(grad: Tensor, w2: Tensor, rows: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,6 +36,12 @@ def tile(dtype: torch.dtype) -> Tile:
 TILES: dict[str, tuple[int, ...]] = {"block_m": (64, 128), "block_n": (64, 128), "block_k": (16, 32, 64),
                                      "threads": (128, 256), "num_stages": (3, 4)}
 PRODUCT = Space("triton.matmul.product", **TILES)
+SCALED_PRODUCT = Space("triton.matmul.scaled_product", **{**TILES, "block_k": (64, 128)})
+
+
+def tile_of_e4m3(dtype: torch.dtype) -> Tile:
+    """128 bytes of K as of 16 bits; a residual in float32 leaves registers for half as many columns."""
+    return Tile(block_m=128, block_n=64 if dtype == torch.float32 else 128, block_k=128, threads=256, num_stages=3)
 
 
 @triton.jit
@@ -112,4 +118,35 @@ def multiply(a: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual:
            residual=residual, y=y, M=M, N=N, K=K, A_WIDTH=a.shape[1], B_K=N if transposed else 1,
            B_N=1 if transposed else K, RESIDUAL_WIDTH=0 if residual is None else residual.stride(-2), GELU=gelu,
            PRECISION=input_precision(a.dtype))
+    return y
+
+
+@triton.jit(do_not_specialize=["M"])
+def scaled_product(a, a_scales, b, b_scales, bias, residual, y, M, N: tl.constexpr, K: tl.constexpr,
+                   RESIDUAL_WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """``y[M, N] = a_scales b_scales (a b^T) + bias + residual`` of e4m3 ``a[M, K]`` and ``b[N, K]``."""
+    m0, n0 = place(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
+    m = (m0 + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
+    n = n0 + tl.arange(0, BLOCK_N)[None, :]
+    inside = (m < M) & (n < N)
+    result = accumulate(a, m, m < M, (0,), b, n, K, N, K, 1, K, BLOCK_K, "ieee")[0]
+    result *= tl.load(a_scales + m, mask=m < M, other=0.0)
+    result = result * tl.load(b_scales + n, mask=n < N, other=0.0) + bias_row(bias, n, N)
+    result += tl.load(residual + m * RESIDUAL_WIDTH + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + m * N + n, result.to(y.dtype.element_ty), mask=inside)
+
+
+def multiply_scaled(a: Tensor, a_scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor,
+                    residual: Tensor) -> Tensor:
+    """``a_scales weight_scales (a weight^T) + bias + residual``, ``[M, N]`` in the residual's dtype.
+
+    ``a[M, K]`` and ``weight[N or more, K]`` are contiguous and e4m3, their scales float32, one a row; ``bias[N]`` has
+    any dtype, and ``residual[M, N]`` may be columns of a wider matrix.
+    """
+    (M, K), N = a.shape, len(bias)
+    config = choose(SCALED_PRODUCT, tile_of_e4m3(residual.dtype), residual, N=N, K=K)
+    y = torch.empty(M, N, dtype=residual.dtype, device=a.device)
+    launch(scaled_product, cdiv(M, config.block_m) * cdiv(N, config.block_n), config, a=a, a_scales=a_scales, b=weight,
+           b_scales=weight_scales, bias=bias, residual=residual, y=y, M=M, N=N, K=K,
+           RESIDUAL_WIDTH=residual.stride(0))
     return y

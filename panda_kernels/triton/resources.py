@@ -3,8 +3,8 @@
     python -m panda_kernels.triton.resources FILE [--sample]
 
 Runs every op that has a Triton backend, forward and backward, on meta tensors of the sizes that its specification
-names for benchmarks and for this table, the towers of the released widths, and FP8's quantisation; compiles each
-different launch for each target, of a sample for one of them. FILE becomes a table; a broken limit is an error.
+names for benchmarks and for this table, the towers of the released widths, in FP8 too, and FP8's quantisation; compiles
+each different launch for each target, of a sample for one of them. FILE becomes a table; a broken limit is an error.
 """
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ class Target:
 
 TARGETS = {
     "sm_80": Target("cuda", 80, 32, 163 << 10, r"HMMA"),
-    "sm_90": Target("cuda", 90, 32, 227 << 10, r"HGMMA"),
+    "sm_90": Target("cuda", 90, 32, 227 << 10, r"[HQ]GMMA"),
     "sm_100": Target("cuda", 100, 32, 227 << 10, r"UTC\w*MMA|HMMA"),  # small products have only the latter
-    "sm_120": Target("cuda", 120, 32, 99 << 10, r"HMMA"),
+    "sm_120": Target("cuda", 120, 32, 99 << 10, r"[HQ]MMA"),
     "gfx942": Target("hip", "gfx942", 64, 64 << 10, r"v_mfma"),
 }
 NO_SPILLS = ("sm_80", "sm_90", "sm_100")
-WITH_E4M3 = ("sm_90", "sm_100", "sm_120")
+WITH_E4M3 = ("sm_90", "sm_100", "sm_120")  # Triton has none for sm_80, and gfx942 has another FP8
 # Widths of what is quantised: tokens, LSTE's bottleneck and the projector's hidden layer, then those of other towers.
 QUANTISED = (1024, 688, 4096)
 QUANTISED_ELSEWHERE = (1152, 768, 1408, 944)
@@ -102,8 +102,8 @@ def cases() -> Iterator[tuple[Launch, tuple[str, ...]]]:
     """Every different launch, and the targets it is compiled for.
 
     At the sizes of the benchmarks, in float32 and bfloat16, these are all; in float16, and at the further sizes a
-    specification names for this table, those where nothing may spill. FP8's quantisation comes last, for those that
-    have e4m3.
+    specification names for this table, those where nothing may spill. What FP8 adds comes last, for those that have
+    e4m3.
     """
     seen = set()
     for launches, targets in _runs():
@@ -126,12 +126,16 @@ def _runs() -> Iterator[tuple[list[Launch], tuple[str, ...]]]:
         runs += [(sizes, dtype, NO_SPILLS) for sizes in spec.compile_sizes.values() for dtype in both]
         for sizes, dtype, targets in [*runs, (first, torch.float16, NO_SPILLS)]:
             yield _launches_of(op, sizes, dtype), targets
-    for dim, dtypes in {1024: (*both, torch.float16), 1152: both, 1408: both}.items():
+    towers = {1024: (*both, torch.float16), 1152: both, 1408: both}
+    for dim, dtypes in towers.items():
         for dtype in dtypes:
             targets = tuple(TARGETS) if dim == 1024 and dtype in both else NO_SPILLS
             for frames in (4, 1):
                 yield _launches_of_tower(dim, dtype, frames), targets
     yield _quantisations(), WITH_E4M3
+    for dim, dtypes in towers.items():
+        for dtype in dtypes:
+            yield _launches_of_tower(dim, dtype, 4, by_fp8=True), WITH_E4M3
 
 
 def _quantisations() -> list[Launch]:
@@ -157,7 +161,7 @@ def _launches_of(op: str, sizes: Mapping[str, Any], dtype: torch.dtype) -> list[
     return found
 
 
-def _launches_of_tower(dim: int, dtype: torch.dtype, frames: int) -> list[Launch]:
+def _launches_of_tower(dim: int, dtype: torch.dtype, frames: int, *, by_fp8: bool = False) -> list[Launch]:
     from ..backends.triton import stab_tower
     from ..nn import STAB
     from ..nn.stab import prepared_by
@@ -165,6 +169,7 @@ def _launches_of_tower(dim: int, dtype: torch.dtype, frames: int) -> list[Launch
 
     with torch.no_grad():
         weights = prepared_by(stab_tower, STAB(dim, dtype=dtype, device="meta").eval())
+        weights = stab_tower.by_fp8(weights) if by_fp8 else weights
         pixels = torch.empty(1, frames, 3, 448, 448, dtype=dtype, device="meta")
         whole = Rectangles.full(frames, 32, 32)
         with recorded() as found:
@@ -212,7 +217,7 @@ def compile_for(launch: Launch, name: str) -> Row:
     loads = re.findall(r"^(?:LDG|UTMALDG|global_load_|buffer_load_)\S*", code, re.M)
     wide = [load for load in loads if re.search(r"UTMALDG|\.128|dwordx4", load)]
     found = re.search(rf"^({target.tensor_core})", code, re.M)
-    wanted = re.search(r"tt\.dot\w*\b.*(inputPrecision = tf32|x(bf|f)16>)", compiled.asm["ttir"])
+    wanted = re.search(r"tt\.dot\w*\b.*(inputPrecision = tf32|x(bf|f)16>|xf8E4M3FN>)", compiled.asm["ttir"])
     product = found[1] if found else "missing" if wanted else "fma" if "tt.dot" in compiled.asm["ttir"] else "none"
     return Row(launch.name, *_describe(launch), name, registers, spills, compiled.metadata.shared, len(loads),
                len(wide), product)

@@ -156,7 +156,7 @@ def _over_limits(point: Point, config: Any, found: Sequence[Case]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that :func:`main` reads."""
     parser.add_argument("--ops", nargs="+", metavar="OP",
-                        help="only these; 'tower' is the whole tower in inference, 'fp8' quantisation on GPUs")
+                        help="only these; 'tower' is the whole tower in inference, 'fp8' what FP8 adds on GPUs")
     parser.add_argument("--shapes", nargs="+", metavar="SHAPE",
                         help="sizes of the specifications by name (default: each op's first of bench_sizes)")
     parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")

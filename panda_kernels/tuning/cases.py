@@ -1,5 +1,5 @@
-"""The calls that a tuner times: every op at a size of its specification, the whole tower and FP8's quantisation, with
-what each must give."""
+"""The calls that a tuner times: every op at a size of its specification, the whole tower, and FP8's quantisation and
+tower, with what each must give."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
@@ -72,10 +72,11 @@ def cases_of(op: str, size: str, backend: str, device: str) -> Iterator[Case]:
         if op == FP8:
             if fp8.has_products(torch.device(device)):
                 yield fp8_case(dtype, label, device, **FP8_SIZES[size])
+                yield tower_case(dtype, f"{label} tower", backend, device, FP8, **TOWER_SIZES[size])
         elif op != TOWER:
             yield from _op_cases(ops.SPECS[op], size, dtype, backend, device, label)
         else:
-            yield _tower_case(dtype, label, backend, device, **TOWER_SIZES[size])
+            yield tower_case(dtype, label, backend, device, "native", **TOWER_SIZES[size])
 
 
 def _op_cases(spec: OpSpec, size: str, dtype: torch.dtype, backend: str, device: str, label: str) -> Iterator[Case]:
@@ -102,19 +103,19 @@ def _function(spec: OpSpec, direction: str, backend: str, inputs: dict[str, Any]
                     if needed and g is not None]
 
 
-def _tower_case(dtype: torch.dtype, label: str, server: str, device: str, *, dim: int, clips: int, frames: int,
-                patches: int) -> Case:
-    def tower(precision: torch.dtype, backend: str) -> Callable[[], Sequence[Tensor]]:
+def tower_case(dtype: torch.dtype, label: str, server: str, device: str, products: str, *, dim: int, clips: int,
+               frames: int, patches: int) -> Case:
+    def tower(precision: torch.dtype, backend: str, products: str) -> Callable[[], Sequence[Tensor]]:
         module = STAB(dim, dtype=precision, device=device).eval()
         module.load_state_dict(seeded_tower(dim).state_dict())
-        module.backend = backend
+        module.backend, module.products = backend, products
         pixels = Draw(0, precision)(clips, frames, 3, patches * PATCH, patches * PATCH).to(device)
         return partial(_tokens, module, pixels, Rectangles.full(clips * frames, patches, patches, device=device))
 
     def exactly() -> Sequence[Tensor]:
-        return tower(torch.float64, "torch")()
+        return tower(torch.float64, "torch", "native")()
 
-    return Case(f"{label} fwd", tower(dtype, server), exactly, dtype, Tolerance(), False)
+    return Case(f"{label} fwd", tower(dtype, server, products), exactly, dtype, Tolerance(), False)
 
 
 def _tokens(tower: STAB, pixels: Tensor, rectangles: Rectangles) -> Sequence[Tensor]:

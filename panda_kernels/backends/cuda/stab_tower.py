@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import cuda, triton
 from ..triton import stab_tower
-from ..triton.stab_tower import Prepared, run  # noqa: F401
+from ..triton.stab_tower import Prepared, by_fp8, run  # noqa: F401
 from . import class_tokens, window_attention_pool
 from .depthwise_conv3d import convolve_and_add
 

@@ -8,7 +8,8 @@ the budget for 8 frames of 448 in bfloat16 on an H100, with 620 TFLOP/s for the 
   all frames of 64 positions (``bottleneck``), the 6.6 G operations take over 20 us and cannot share the patches' read;
   as the operand of the product up it would be done eight times, in the way of that product's copies;
 - product up, 11.8 G: 26 us with bias and residual in the epilogue, against 19 and a pass of 8 by the library, which
-  adds to what lies in its result;
+  adds to what lies in its result; of e4m3 operands (``by_fp8``) 15 at 800 TFLOP/s, the convolution writing them where
+  it would write bfloat16. To quantise the tokens for a product down of its own would cost what that saves;
 - LSD's two products, 4.3 G each and 128 tiles: one round of the multiprocessors either way.
 
 The library chooses its kernel by the number of rows and may sum in another order for few of them, so that x0 of a
@@ -25,12 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ... import fp8
 from ...rectangles import Rectangles
 from ...triton.assemble_tokens import assemble
 from ...triton.attention_pool import pool
 from ...triton.depthwise_conv3d import convolve_and_add
-from ...triton.local_encoding import over_time
-from ...triton.matmul import multiply
+from ...triton.local_encoding import over_time, quantised_over_time
+from ...triton.matmul import multiply, multiply_scaled
 from ...triton.patch_embed import row_length
 from ...triton.rectangles import measures
 from . import class_tokens, refusals, window_attention_pool  # noqa: F401
@@ -42,7 +44,7 @@ class Encoding(NamedTuple):
     """LSTE behind the first product: ``rows[5, width]`` are the bottleneck's bias, three taps and their bias."""
 
     rows: Tensor
-    w2: Tensor
+    w2: Tensor | fp8.Fp8Weight
     b2: Tensor
     taps: Tensor
     taps_bias: Tensor
@@ -101,6 +103,12 @@ def prepare(patch_weight: Tensor, local: tuple[Tensor, ...], clip_queries: Tenso
                     eps)
 
 
+def by_fp8(tower: Prepared) -> Prepared:
+    """The same with LSTE's product up in e4m3, for GPUs that multiply it."""
+    w2: Any = tower.encoding.w2
+    return tower._replace(encoding=tower.encoding._replace(w2=fp8.prepare(w2)))
+
+
 def run(tower: Prepared, pixels: Tensor, rectangles: Rectangles,
         present: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Pixels ``[B, T, 3 or 4, H, W]`` -> packed tokens in the weights' dtype, ``cu_seqlens`` and ``grid``."""
@@ -127,6 +135,10 @@ def _encode(tower: Prepared, patches: Tensor, grid: tuple[int, int, int, int]) -
     """``x2`` and ``x3 = x2 + x0``, ``[B, T, h, w, C]``."""
     both, weights = torch.mm(patches, tower.patches.t()), tower.encoding
     x0 = both[:, :tower.split.shape[0]]
-    mixed = over_time(both[:, tower.inner:], weights.rows, grid[1], grid[2] * grid[3])
-    x1 = multiply(mixed, weights.w2, weights.b2, residual=x0)
+    inner, positions = both[:, tower.inner:], grid[2] * grid[3]
+    if isinstance(weights.w2, fp8.Fp8Weight):
+        mixed, scales = quantised_over_time(inner, weights.rows, grid[1], positions)
+        x1 = multiply_scaled(mixed, scales, weights.w2.values, weights.w2.scales, weights.b2, x0)
+    else:
+        x1 = multiply(over_time(inner, weights.rows, grid[1], positions), weights.w2, weights.b2, residual=x0)
     return weights.convolve_and_add(x1.view(*grid, -1), weights.taps, weights.taps_bias, (3, 3, 3), x0)
