@@ -179,8 +179,8 @@ def apply_both(first: Linear, x: Tensor, other: Linear | None, other_x: Tensor |
                dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
     """``[rows, N]`` of each of float32 ``x[rows, heads, K]`` in one launch; ``other`` may be None."""
     N, K = first.w.shape
-    # Wider rows four at a time spill on sm_100 as soon as two products share a kernel.
-    config = choose(PAIR, TILE if K <= 1024 else replace(TILE, rows=2), first.w, N=N, K=K)
+    # Wider rows spill on sm_100 as soon as two products share a kernel, for fewer threads or four at a time.
+    config = choose(PAIR, TILE if K <= 1024 else replace(TILE, rows=2, threads=512), first.w, N=N, K=K)
 
     def programs(x: Tensor | None) -> int:
         if x is None:
