@@ -1,8 +1,9 @@
 """``pytest bench/``: speeds beside their peers in one run, short by default.
 
-``--full`` takes every size and adds torch.compile; ``--save`` keeps the rows in ``bench/results/results.jsonl`` or in
-the file it names, from which ``python -m bench.report`` makes pictures and README's figures, and ``bench/compare.py``
-compares two runs. No speed is asserted; a wrong result is not timed.
+``--full`` takes every size and adds torch.compile, and on a CPU Table 3, the first token and scaling. ``--save`` keeps
+the rows in ``bench/results/results.jsonl`` or in the file it names, from which ``python -m bench.report`` makes
+pictures and README's figures, and ``bench/compare.py`` compares two runs. No speed is asserted; a wrong result is not
+timed.
 """
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from bench import machine, records, table
 from bench.measure import Bench
 
 BENCH = pytest.StashKey[Bench]()
+LONG_ON_A_CPU = ("bench_encoders.py", "bench_first_token.py", "bench_scaling.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,6 +33,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A short run on a CPU has of these what it is asked for by name."""
+    if config.getoption("full") or config.getoption("device") != "cpu" or collection_path.name not in LONG_ON_A_CPU:
+        return None
+    return None if any(collection_path.name in argument for argument in config.args) else True
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +86,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
     for reason in dict.fromkeys(skipped):
         terminalreporter.write_line(f"not measured: {reason}")
     if not config.getoption("full"):
-        terminalreporter.write_line("short run: --full has all sizes, and torch.compile, which takes long to compile")
+        terminalreporter.write_line("short run: --full has all sizes, torch.compile, which takes long to compile, and "
+                                    "on a CPU Table 3, the first token and scaling")
     if path := config.getoption("save"):
         records.upsert(Path(path), found.rows)
         terminalreporter.write_line(f"saved: {path}")
