@@ -105,8 +105,9 @@ def contenders(dtype: torch.dtype, *, device: str, projected: bool = False, with
 
 def by_fp8(device: str) -> Contenders:
     """Tower and projector with their products in FP8 beside the same in bfloat16."""
-    runs = {name: _tokens_of(VisualPath(*our_modules(torch.bfloat16, device, name))) for name in ("fp8", "native")}
-    return Contenders(torch.bfloat16, device, runs["fp8"], {"ours, bfloat16": runs["native"]})
+    dtype = torch.bfloat16
+    fp8_path, native_path = (VisualPath(*our_modules(dtype, device, *products)) for products in (("fp8",), ()))
+    return Contenders(dtype, device, _tokens_of(fp8_path), {"ours, bfloat16": _tokens_of(native_path)})
 
 
 def _tokens_of(path: VisualPath) -> Run:

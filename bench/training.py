@@ -58,7 +58,7 @@ def _with_weights(module: nn.Module, dtype: torch.dtype, device: str) -> nn.Modu
 def _step(module: nn.Module, run: Run) -> Run:
     """Forward and backward alone are timed: all gradients lie in the vector that is the result from the start."""
     parameters = [p for p in module.parameters() if p.requires_grad]
-    gradients = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device)
+    gradients = torch.zeros_like(nn.utils.parameters_to_vector(parameters), requires_grad=False)
     for parameter, gradient in zip(parameters, gradients.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = gradient.view_as(parameter)
 
