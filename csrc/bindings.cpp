@@ -99,14 +99,22 @@ panda::LocalEncodingWeights local_weights(panda::Dtype dtype, int64_t c, int64_t
           floats(w[5], {c})};
 }
 
-// weights: squeeze, its bias, then those of local_weights().
-void local_encoding(const Tensor& x, const std::vector<Tensor>& weights, int64_t r, Tensor y) {
+// weights: squeeze, its bias, then those of local_weights(); kept: nothing, or as in KeptEncoding.
+void local_encoding(const Tensor& x, const std::vector<Tensor>& weights, int64_t r, Tensor y,
+                    std::vector<Tensor> kept) {
   const panda::Dtype dtype = dtype_of(x);
   const auto [clips, t, h, w, c] = sizes<5>(x);
   const Tensor* all = list(weights, 8);
   STD_TORCH_CHECK(t > 0 && w > 0, "panda_kernels: expected tokens, got ", text(x.scalar_type(), x.sizes()));
+  panda::KeptEncoding keep{};
+  if (!kept.empty()) {
+    const Tensor* k = list(kept, 2);
+    keep = {static_cast<char*>(out(k[0], dtype, {clips, t, h, w, panda::panels(r) * panda::kPanel})),
+            static_cast<char*>(out(k[1], dtype, {clips, t, h, w, c}))};
+  }
   panda::local_encoding(dtype, clips, {t, h, w}, in(x, dtype, {clips, t, h, w, c}), packed(all[0], dtype, r, c),
-                        floats(all[1], {r}), local_weights(dtype, c, r, all + 2), out(y, dtype, {clips, t, h, w, c}));
+                        floats(all[1], {r}), local_weights(dtype, c, r, all + 2), out(y, dtype, {clips, t, h, w, c}),
+                        keep.x1 ? &keep : nullptr);
 }
 
 // z, or its gradient, is float32 [samples, n, c].
@@ -183,24 +191,35 @@ Counts count(const int64_t* corners, int64_t frames, int64_t h, int64_t w, int64
   return counts;
 }
 
+// kept: nothing, or as in KeptWindows.
+panda::KeptWindows kept_windows(panda::Dtype dtype, int64_t windows, int64_t c, const std::vector<Tensor>& kept) {
+  if (kept.empty()) return {};
+  const Tensor* k = list(kept, 2);
+  const Shape shape = {windows, panda::padded_k(dtype, c)};
+  return {static_cast<char*>(out(k[0], dtype, shape)), static_cast<char*>(out(k[1], dtype, shape))};
+}
+
 void window_attention_pool(const Tensor& x, const Tensor& corners, const std::vector<Tensor>& weights, int64_t heads,
-                           int64_t window, double eps, Tensor y) {
+                           int64_t window, double eps, Tensor y, std::vector<Tensor> kept) {
   const panda::Dtype dtype = dtype_of(x);
   const auto [frames, h, w, c] = sizes<4>(x);
   const int64_t* rectangles = integers(corners, {frames, 4});
-  void* to = out(y, dtype, {count(rectangles, frames, h, w, window).windows, c});
+  const int64_t windows = count(rectangles, frames, h, w, window).windows;
+  void* to = out(y, dtype, {windows, c});
   panda::window_attention_pool(dtype, in(x, dtype, {frames, h, w, c}), rectangles, frames, h, w, window,
-                               window_weights(dtype, c, heads, window, eps, list(weights, 6)), to);
+                               window_weights(dtype, c, heads, window, eps, list(weights, 6)), to,
+                               kept_windows(dtype, windows, c, kept));
 }
 
 // weights: the six of window_weights(), then as in WindowPoolReturn; sums as in WindowPoolSums.
 void window_attention_pool_gradient(const Tensor& grad, const Tensor& x, const Tensor& corners,
                                     const std::vector<Tensor>& weights, int64_t heads, int64_t window, double eps,
-                                    Tensor grad_x, std::vector<Tensor> sums) {
+                                    const std::vector<Tensor>& kept, Tensor grad_x, std::vector<Tensor> sums) {
   const panda::Dtype dtype = dtype_of(x);
   const auto [frames, h, w, c] = sizes<4>(x);
   const int64_t* rectangles = integers(corners, {frames, 4});
-  const void* from = in(grad, dtype, {count(rectangles, frames, h, w, window).windows, c});
+  const int64_t windows = count(rectangles, frames, h, w, window).windows;
+  const void* from = in(grad, dtype, {windows, c});
   const Tensor* all = list(weights, 10);
   const panda::WindowPoolWeights forward = window_weights(dtype, c, heads, window, eps, all);
   const panda::WindowPoolReturn back{packed(all[6], dtype, c, c), packed(all[7], dtype, c / heads, c, heads),
@@ -210,7 +229,8 @@ void window_attention_pool_gradient(const Tensor& grad, const Tensor& x, const T
                                  floats_out(s[3], {c, c}), floats_out(s[4], {c}), floats_out(s[5], {c, c}),
                                  floats_out(s[6], {c})};
   panda::window_attention_pool_gradient(dtype, from, in(x, dtype, {frames, h, w, c}), rectangles, frames, h, w, window,
-                                        forward, back, out(grad_x, dtype, {frames, h, w, c}), to);
+                                        forward, back, out(grad_x, dtype, {frames, h, w, c}), to,
+                                        kept_windows(dtype, windows, c, kept));
 }
 
 constexpr int64_t kLargestSide = 1 << 20;  // where the grid is not known; beyond, the counts could overflow
@@ -355,17 +375,17 @@ STABLE_TORCH_LIBRARY(panda_kernels_cpu, m) {
   m.def(
       "patch_embed_gradient(Tensor grad, Tensor pixels, Tensor? present, Tensor normalise, int patch, "
       "Tensor(a!) weight) -> ()");
-  m.def("local_encoding(Tensor x, Tensor[] weights, int r, Tensor(a!) y) -> ()");
+  m.def("local_encoding(Tensor x, Tensor[] weights, int r, Tensor(a!) y, Tensor(b!)[] kept) -> ()");
   m.def("attention_pool(Tensor x, Tensor queries, Tensor offsets, float eps, Tensor(a!) z) -> ()");
   m.def(
       "attention_pool_gradient(Tensor grad, Tensor x, Tensor queries, Tensor offsets, float eps, Tensor(a!) grad_x, "
       "Tensor(b!) grad_queries) -> ()");
   m.def(
       "window_attention_pool(Tensor x, Tensor corners, Tensor[] weights, int heads, int window, float eps, "
-      "Tensor(a!) y) -> ()");
+      "Tensor(a!) y, Tensor(b!)[] kept) -> ()");
   m.def(
       "window_attention_pool_gradient(Tensor grad, Tensor x, Tensor corners, Tensor[] weights, int heads, int window, "
-      "float eps, Tensor(a!) grad_x, Tensor(b!)[] sums) -> ()");
+      "float eps, Tensor[] kept, Tensor(a!) grad_x, Tensor(b!)[] sums) -> ()");
   m.def("assemble_tokens(Tensor y, Tensor f, Tensor split, Tensor corners, int window, Tensor(a!) tokens) -> ()");
   m.def(
       "assemble_tokens_gradient(Tensor grad, Tensor corners, int window, Tensor(a!) y, Tensor(b!) f, "

@@ -75,7 +75,8 @@ void patch_embed_gradient(Dtype dtype, const Pixels& pixels, int64_t frames, int
 }
 
 void local_encoding(Dtype dtype, int64_t clips, Grid grid, const void* x0, const void* squeeze,
-                    const float* squeeze_bias, const LocalEncodingWeights& weights, void* out) {
+                    const float* squeeze_bias, const LocalEncodingWeights& weights, void* out,
+                    const KeptEncoding* kept) {
   const int64_t band = rows_for(grid.frames * grid.w, 2), size = size_of(dtype), c = weights.c, r = weights.r;
   const int64_t row = grid.w * c * size;
   LocalEncoder encoder(dtype, grid, weights, band);
@@ -94,6 +95,10 @@ void local_encoding(Dtype dtype, int64_t clips, Grid grid, const void* x0, const
         product(dtype, g, tokens);
       }
       encoder.expand(i0, rows, residual.data());
+      if (kept) {
+        const int64_t before = clip * grid.frames * grid.h * grid.w * size;
+        encoder.keep(i0, rows, {kept->inner + before * panels(r) * kPanel, kept->x1 + before * c});
+      }
       const int64_t ready = encoder.ready(i0 + rows);
       std::vector<void*> to;
       for (int64_t i = done; i < ready; ++i)
@@ -125,7 +130,7 @@ void attention_pool(const Pooling& a) {
 }
 
 void window_attention_pool(Dtype dtype, const void* x, const int64_t* corners, int64_t frames, int64_t h, int64_t w,
-                           int64_t window, const WindowPoolWeights& weights, void* y) {
+                           int64_t window, const WindowPoolWeights& weights, void* y, const KeptWindows& kept) {
   const int64_t token = weights.c * size_of(dtype), size = window * window;
   const std::vector<int64_t> held = window_tokens_of(corners, frames, h, w, window);
   const int64_t count = int64_t(held.size()) / size;
@@ -137,7 +142,8 @@ void window_attention_pool(Dtype dtype, const void* x, const int64_t* corners, i
     std::vector<void*> out;
     for (int64_t i = first * size; i < end * size; ++i) tokens.push_back(static_cast<const char*>(x) + held[i] * token);
     for (int64_t m = first; m < end; ++m) out.push_back(static_cast<char*>(y) + m * token);
-    pool.run(tokens.data(), nullptr, end - first, out.data());
+    pool.run(tokens.data(), nullptr, end - first, out.data(),
+             kept.from(first * padded_k(dtype, weights.c) * size_of(dtype)));
   }
 }
 

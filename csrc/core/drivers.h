@@ -23,8 +23,9 @@ void patch_embed_gradient(Dtype, const Pixels&, int64_t frames, int64_t h, int64
                           float* weight);
 
 // x0, out [clips][frames][h][w][c]; `squeeze` packed [r, c].
+// `kept`, if there is one, is of the first clip, the others' behind it.
 void local_encoding(Dtype, int64_t clips, Grid, const void* x0, const void* squeeze, const float* squeeze_bias,
-                    const LocalEncodingWeights&, void* out);
+                    const LocalEncodingWeights&, void* out, const KeptEncoding* kept = nullptr);
 
 // Sample s pools tokens [offsets[s], offsets[s + 1]) of x by its n queries, `query_stride` floats apart from sample to
 // sample (0: shared); z is [samples][n][c] float.
@@ -46,7 +47,7 @@ void attention_pool_gradient(const Pooling&, const float* grad, int64_t tokens, 
 
 // x [frames][h][w][c] and corners as in tower.h -> y [windows][c].
 void window_attention_pool(Dtype, const void* x, const int64_t* corners, int64_t frames, int64_t h, int64_t w,
-                           int64_t window, const WindowPoolWeights&, void* y);
+                           int64_t window, const WindowPoolWeights&, void* y, const KeptWindows& kept = {});
 
 // Per frame [f; row of y; split; row of y; split; ...].
 void assemble_tokens(Dtype, const void* y, const void* f, const void* split, const int64_t* corners, int64_t frames,

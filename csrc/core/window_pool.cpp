@@ -36,13 +36,13 @@ WindowPool::WindowPool(Dtype dtype, const WindowPoolWeights& weights, int64_t ca
   std::memset(pooled_.data(), 0, capacity * stride_ * size_of(dtype));
 }
 
-void WindowPool::head(int64_t head, int64_t first, int64_t last) {
+void WindowPool::head(const KeptWindows& rows, int64_t head, int64_t first, int64_t last) {
   const int64_t c = weights_.c, width = c / weights_.heads, size = size_of(dtype_);
   Scratch<float> folded((last - first) * c);
   Scratch<char> z((last - first) * stride_ * size);
   const char* keys = static_cast<const char*>(weights_.keys) + head * packed_bytes(dtype_, c, width);
   const ProductRows query(dtype_, last - first, width);
-  Gemm fold{query.get(query_.data() + (first * stride_ + head * width) * size, stride_, last - first),
+  Gemm fold{query.get(rows.query + (first * stride_ + head * width) * size, stride_, last - first),
             query.stride(stride_),
             keys,
             width,
@@ -54,13 +54,15 @@ void WindowPool::head(int64_t head, int64_t first, int64_t last) {
   const WindowAttention attention{dtype_, folded.data(), xhat_.data(), z.data(), weights_.size, c, stride_};
   kernels().window_attention(attention, first, last);
   const char* values = static_cast<const char*>(weights_.values) + head * packed_bytes(dtype_, width, c);
-  const Gemm project{z.data(), stride_, values, c, width, pooled_.data() + (first * stride_ + head * width) * size,
+  const Gemm project{z.data(), stride_, values, c, width, rows.heads + (first * stride_ + head * width) * size,
                      stride_};
   gemm(dtype_, project, 0, last - first, 0, panels(width));
 }
 
-void WindowPool::run(const void* const* tokens, const void* const* added, int64_t count, void* const* out) {
+void WindowPool::run(const void* const* tokens, const void* const* added, int64_t count, void* const* out,
+                     const KeptWindows& kept) {
   if (count == 0) return;
+  const KeptWindows rows = kept.query ? kept : KeptWindows{query_.data(), pooled_.data()};
   const int64_t c = weights_.c, row = c * size_of(dtype_);
   const WindowTokens windows{dtype_,
                              tokens,
@@ -74,7 +76,7 @@ void WindowPool::run(const void* const* tokens, const void* const* added, int64_
                              normalised_.data()};
   parallel_for(count, [&](int64_t first, int64_t last) { kernels().window_tokens(windows, first, last); });
 
-  Gemm query{normalised_.data(), stride_, weights_.query, c, c, query_.data(), stride_};
+  Gemm query{normalised_.data(), stride_, weights_.query, c, c, rows.query, stride_};
   query.bias = weights_.query_bias;
   product(dtype_, query, count);
 
@@ -82,11 +84,11 @@ void WindowPool::run(const void* const* tokens, const void* const* added, int64_
   parallel_for(weights_.heads * blocks, [&](int64_t first, int64_t last) {
     for (int64_t item = first; item < last; ++item) {
       const int64_t window = item / weights_.heads * block_;  // all heads of a block in turn: its tokens stay cached
-      head(item % weights_.heads, window, std::min(count, window + block_));
+      head(rows, item % weights_.heads, window, std::min(count, window + block_));
     }
   });
 
-  Gemm project{pooled_.data(), stride_, weights_.out, c, c, result_.data(), c};
+  Gemm project{rows.heads, stride_, weights_.out, c, c, result_.data(), c};
   project.bias = weights_.out_bias;
   project.residual = mean_.data();
   project.ldr = c;

@@ -21,6 +21,14 @@ struct WindowPoolWeights {
   const float* out_bias;    // [c]
 };
 
+// What a gradient can take over from the forward, [windows][stride] each, zero beyond c: the projected queries, and the
+// heads' outputs that the last product takes. Null: the gradient computes them again.
+struct KeptWindows {
+  char *query = nullptr, *heads = nullptr;
+
+  KeptWindows from(int64_t bytes) const { return query ? KeptWindows{query + bytes, heads + bytes} : KeptWindows{}; }
+};
+
 // Which tokens [frames][h][w] the windows of all rectangles hold, [windows][window^2].
 std::vector<int64_t> window_tokens_of(const int64_t* corners, int64_t frames, int64_t h, int64_t w, int64_t window);
 
@@ -30,10 +38,11 @@ class WindowPool {
   WindowPool(Dtype dtype, const WindowPoolWeights& weights, int64_t capacity);
 
   // tokens[m * size + j] and, where `added` is not null, what is added to it; out[m] receives the row of c channels.
-  void run(const void* const* tokens, const void* const* added, int64_t count, void* const* out);
+  void run(const void* const* tokens, const void* const* added, int64_t count, void* const* out,
+           const KeptWindows& kept = {});
 
  private:
-  void head(int64_t head, int64_t first, int64_t last);
+  void head(const KeptWindows& rows, int64_t head, int64_t first, int64_t last);
 
   Dtype dtype_;
   WindowPoolWeights weights_;

@@ -45,18 +45,19 @@ class ChunkGradient {
 
   // grad [count][c]; places[m * size + j] receives the gradient of tokens[m * size + j].
   void run(const void* grad, const void* const* tokens, void* const* places, int64_t count, const WindowPoolSums& sums,
-           bool add) {
+           bool add, const KeptWindows& kept) {
+    const KeptWindows rows = kept.query ? kept : KeptWindows{query_.data(), heads_.data()};
     const WindowTokens windows{dtype_,  tokens, nullptr,      w_.size,      c_,
                                stride_, w_.eps, xhat_.data(), mean_.data(), normalised_.data()};
     parallel_for(count, [&](int64_t first, int64_t last) { kernels().window_tokens(windows, first, last); });
-    multiply(normalised_.data(), w_.query, w_.query_bias, query_.data(), count);
+    if (!kept.query) multiply(normalised_.data(), w_.query, w_.query_bias, query_.data(), count);
     multiply(grad_rows_.get(grad, c_, count), back_.out, nullptr, grad_heads_.data(), count);
     const int64_t windows_a_block = tuning().block_windows;
     parallel_for((count + windows_a_block - 1) / windows_a_block, [&](int64_t first, int64_t last) {
       for (int64_t block = first * windows_a_block; block < std::min(count, last * windows_a_block);
            block += windows_a_block)
         for (int64_t head = 0; head < w_.heads; ++head)
-          through_head(head, block, std::min(count, block + windows_a_block));
+          through_head(rows, !kept.heads, head, block, std::min(count, block + windows_a_block));
     });
     Gemm g{grad_query_.data(), stride_, back_.query, c_, c_, grad_normalised_.data(), c_};
     g.c_is_float = true;
@@ -64,7 +65,7 @@ class ChunkGradient {
     const WindowTokensGradient out{dtype_, tokens,  grad, mean_.data(), grad_normalised_.data(), grad_xhat_.data(),
                                    places, w_.size, c_,   w_.eps};
     parallel_for(count, [&](int64_t first, int64_t last) { kernels().window_tokens_gradient(out, first, last); });
-    add_sums(grad, count, sums, add);
+    add_sums(rows, grad, count, sums, add);
   }
 
  private:
@@ -77,13 +78,12 @@ class ChunkGradient {
   }
 
   // Rows from `first` on of a head's slice of channels.
-  char* slice(const Scratch<char>& rows, int64_t first, int64_t head) const {
-    return rows.data() + (first * stride_ + head * width_) * size_;
+  char* slice(char* rows, int64_t first, int64_t head) const {
+    return rows + (first * stride_ + head * width_) * size_;
   }
 
   // A slice by a packed [c, width]: float [count][c].
-  void spread(const Scratch<char>& rows, int64_t first, int64_t count, int64_t head, const void* weights,
-              float* to) const {
+  void spread(char* rows, int64_t first, int64_t count, int64_t head, const void* weights, float* to) const {
     const ProductRows input(dtype_, count, width_);
     const char* packed = static_cast<const char*>(weights) + head * packed_bytes(dtype_, c_, width_);
     Gemm g{input.get(slice(rows, first, head), stride_, count), input.stride(stride_), packed, width_, c_, to, c_};
@@ -92,43 +92,42 @@ class ChunkGradient {
   }
 
   // Rows of all channels by a packed [width, c], into a slice.
-  void gather(const char* rows, int64_t count, int64_t head, const void* weights, const Scratch<char>& to,
-              int64_t first) const {
+  void gather(const char* rows, int64_t count, int64_t head, const void* weights, char* to, int64_t first) const {
     const char* packed = static_cast<const char*>(weights) + head * packed_bytes(dtype_, width_, c_);
     const Gemm g{rows, stride_, packed, c_, width_, slice(to, first, head), stride_};
     gemm(dtype_, g, 0, count, 0, panels(width_));
   }
 
-  void through_head(int64_t head, int64_t first, int64_t last) const {
+  void through_head(const KeptWindows& rows, bool project, int64_t head, int64_t first, int64_t last) const {
     const int64_t count = last - first;
     Scratch<float> folded(count * c_), grad_pooled(count * c_);
-    spread(query_, first, count, head, w_.keys, folded.data());
-    spread(grad_heads_, first, count, head, back_.values, grad_pooled.data());
+    spread(rows.query, first, count, head, w_.keys, folded.data());
+    spread(grad_heads_.data(), first, count, head, back_.values, grad_pooled.data());
     char* pooled = pooled_.data() + head * row_bytes() + first * stride_ * size_;
     char* grad_folded = grad_folded_.data() + head * row_bytes() + first * stride_ * size_;
     kernels().window_gradient({dtype_, folded.data(), grad_pooled.data(), xhat_.data(), pooled, grad_folded,
                                grad_xhat_.data(), head > 0, w_.size, c_, stride_},
                               first, last);
-    gather(pooled, count, head, w_.values, heads_, first);
-    gather(grad_folded, count, head, back_.keys, grad_query_, first);
+    if (project) gather(pooled, count, head, w_.values, rows.heads, first);
+    gather(grad_folded, count, head, back_.keys, grad_query_.data(), first);
   }
 
-  void add_sums(const void* grad, int64_t count, const WindowPoolSums& sums, bool add) const {
+  void add_sums(const KeptWindows& rows, const void* grad, int64_t count, const WindowPoolSums& sums, bool add) const {
     const auto of = [&](const void* grads, int64_t grad_stride, int64_t n, const char* x, float* w, float* b) {
       weight_gradient({dtype_, grads, grad_stride, n, x, stride_, c_, w, b, add}, count);
     };
-    of(grad, c_, c_, heads_.data(), sums.out, sums.out_bias);
+    of(grad, c_, c_, rows.heads, sums.out, sums.out_bias);
     of(grad_query_.data(), stride_, c_, normalised_.data(), sums.query, sums.query_bias);
     // One parallel region for all heads; those within it have one thread each.
     parallel_for(2 * w_.heads, [&](int64_t first, int64_t last) {
       for (int64_t item = first; item < last; ++item) {
         const int64_t head = item / 2, at = head * width_;
         if (item % 2)
-          of(slice(query_, 0, head), stride_, width_, grad_folded_.data() + head * row_bytes(), sums.keys + at * c_,
+          of(slice(rows.query, 0, head), stride_, width_, grad_folded_.data() + head * row_bytes(), sums.keys + at * c_,
              nullptr);
         else
-          of(slice(grad_heads_, 0, head), stride_, width_, pooled_.data() + head * row_bytes(), sums.values + at * c_,
-             sums.values_bias + at);
+          of(slice(grad_heads_.data(), 0, head), stride_, width_, pooled_.data() + head * row_bytes(),
+             sums.values + at * c_, sums.values_bias + at);
       }
     });
   }
@@ -148,7 +147,7 @@ class ChunkGradient {
 void window_attention_pool_gradient(Dtype dtype, const void* grad, const void* x, const int64_t* corners,
                                     int64_t frames, int64_t h, int64_t w, int64_t window,
                                     const WindowPoolWeights& weights, const WindowPoolReturn& back, void* grad_x,
-                                    const WindowPoolSums& sums) {
+                                    const WindowPoolSums& sums, const KeptWindows& kept) {
   const int64_t token = weights.c * size_of(dtype), frame = h * w * token;
   parallel_for(frames, [&](int64_t first, int64_t last) {
     std::memset(static_cast<char*>(grad_x) + first * frame, 0, (last - first) * frame);
@@ -166,7 +165,8 @@ void window_attention_pool_gradient(Dtype dtype, const void* grad, const void* x
       from.push_back(static_cast<const char*>(x) + tokens[i] * token);
       to.push_back(static_cast<char*>(grad_x) + tokens[i] * token);
     }
-    chunk.run(static_cast<const char*>(grad) + first * token, from.data(), to.data(), windows, sums, first > 0);
+    chunk.run(static_cast<const char*>(grad) + first * token, from.data(), to.data(), windows, sums, first > 0,
+              kept.from(first * padded_k(dtype, weights.c) * size_of(dtype)));
   }
 }
 

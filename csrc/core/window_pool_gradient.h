@@ -1,5 +1,5 @@
-// The gradient of LSD: everything is recomputed window by window, the products' gradients are sums over blocks of
-// windows in order.
+// The gradient of LSD: what the forward has not kept is recomputed window by window, the products' gradients are sums
+// over blocks of windows in order.
 #pragma once
 #include <cstdint>
 
@@ -23,6 +23,7 @@ struct WindowPoolSums {
 // x, corners and weights as in window_attention_pool(), grad that of its result; grad_x is zero outside the windows.
 void window_attention_pool_gradient(Dtype, const void* grad, const void* x, const int64_t* corners, int64_t frames,
                                     int64_t h, int64_t w, int64_t window, const WindowPoolWeights&,
-                                    const WindowPoolReturn&, void* grad_x, const WindowPoolSums&);
+                                    const WindowPoolReturn&, void* grad_x, const WindowPoolSums&,
+                                    const KeptWindows& kept = {});
 
 }  // namespace panda

@@ -3,14 +3,20 @@
 Every op is one boundary ``panda_kernels::<name>(<schema>, str backend)`` and its gradient
 ``panda_kernels::<name>_bwd(Tensor grad, <schema>, str backend, bool[] needs) -> Tensor[]``, which recomputes from the
 inputs what it needs and returns the gradients asked for, in the order of the tensor arguments.
+
+A graph is traced for all backends. Outside of one, a backend whose module has ``keep`` may hand its own gradient what
+this would compute again: ``keep(*inputs)`` gives the result and a list of tensors, which ``bwd`` gets as ``kept``.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .. import backends
 from ..spec import OpSpec
@@ -43,7 +49,7 @@ def register(spec: OpSpec, fake: Callable[..., Tensor],
         *inputs, backend, needs = args
         with suspended(grad):
             grads = backends.choose(spec.name, "bwd", backend, inputs)(grad, *inputs, needs=needs)
-        return [g.contiguous() for g, needed in zip(grads, needs, strict=False) if needed]
+        return _asked(grads, needs)
 
     def bwd_fake(grad: Tensor, *args: Any) -> list[Tensor]:
         *inputs, _, needs = args
@@ -55,20 +61,81 @@ def register(spec: OpSpec, fake: Callable[..., Tensor],
     torch.library.register_fake(f"{name}_bwd", bwd_fake, lib=_library)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*_tensors(inputs))
-        ctx.plain = [None if isinstance(a, Tensor) else a for a in inputs]
-        ctx.is_tensor = [isinstance(a, Tensor) for a in inputs]
+        _save(ctx, inputs)
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
-        args = [next(saved) if tensor else plain for tensor, plain in zip(ctx.is_tensor, ctx.plain, strict=True)]
+        args, _ = _saved(ctx)
         needs = [n for n, tensor in zip(ctx.needs_input_grad, ctx.is_tensor, strict=True) if tensor]
         grads = iter(getattr(torch.ops.panda_kernels, f"{spec.name}_bwd")(grad, *args, needs))
         return tuple(next(grads) if t and n else None
                      for t, n in zip(ctx.is_tensor, ctx.needs_input_grad, strict=True))
 
     torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_library)
-    return getattr(torch.ops.panda_kernels, spec.name)
+    op = getattr(torch.ops.panda_kernels, spec.name)
+
+    def call(*args: Any) -> Tensor:
+        *inputs, backend = args
+        module = _keeper(spec.name, backend, inputs)
+        if module is None:
+            return op(*args)
+        if check_values is not None:
+            check_values(*inputs)
+        return _Kept.apply(module, *inputs)
+
+    return call
+
+
+class _Kept(torch.autograd.Function):
+    """A call outside of graphs, of a backend that keeps something for its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, module: ModuleType, *inputs: Any) -> Tensor:
+        ctx.module = module
+        with suspended(inputs[0]):
+            y, kept = module.keep(*inputs)
+        _save(ctx, inputs, kept)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, kept = _saved(ctx)
+        needed = ctx.needs_input_grad[1:]
+        needs = [n for n, tensor in zip(needed, ctx.is_tensor, strict=True) if tensor]
+        with suspended(grad):
+            grads = iter(_asked(ctx.module.bwd(grad, *inputs, needs=needs, kept=kept), needs))
+        return (None, *(next(grads) if t and n else None for t, n in zip(ctx.is_tensor, needed, strict=True)))
+
+
+def _keeper(op: str, backend: str, inputs: Sequence[Any]) -> ModuleType | None:
+    """The module that serves this call and keeps something for the gradient, if one is wanted and nothing traced."""
+    tensors = _tensors(inputs)
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if not wanted or backend not in ("auto", *backends.NAMES):
+        return None
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() or torch._C._functorch.peek_interpreter_stack():
+        return None
+    if not all(type(t) in (Tensor, nn.Parameter) for t in tensors):
+        return None
+    module = backends.first(op, "fwd", backend, inputs)
+    return module if hasattr(module, "keep") else None
+
+
+def _save(ctx: Any, args: Sequence[Any], kept: Iterable[Tensor] = ()) -> None:
+    ctx.save_for_backward(*_tensors(args), *kept)
+    ctx.plain = [None if isinstance(a, Tensor) else a for a in args]
+    ctx.is_tensor = [isinstance(a, Tensor) for a in args]
+
+
+def _saved(ctx: Any) -> tuple[list[Any], list[Tensor]]:
+    """The arguments, and what was kept beside them."""
+    saved = iter(ctx.saved_tensors)
+    args = [next(saved) if tensor else plain for tensor, plain in zip(ctx.is_tensor, ctx.plain, strict=True)]
+    return args, list(saved)
+
+
+def _asked(grads: Iterable[Any], needs: Iterable[bool]) -> list[Tensor]:
+    return [g.contiguous() for g, needed in zip(grads, needs, strict=False) if needed]
 
 
 def _tensors(args: Any) -> list[Tensor]:

@@ -1,10 +1,13 @@
 """Tensors as the compiled core wants them: contiguous, float32 or bfloat16, weights folded and packed."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 kernels = torch.ops.panda_kernels_cpu
+PANEL = 32  # channels that the products take at a time
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -34,12 +37,20 @@ def precise_product(weight: Tensor, x: Tensor) -> Tensor:
 
 def pack(weight: Tensor, dtype: torch.dtype, *, transposed: bool = False) -> Tensor:
     """One weight ``[n, k]``, or a stack of them, laid out for the products; ``transposed`` packs ``[k, n]``."""
-    stack = weight.to(dtype)
-    stack = stack[None] if stack.ndim == 2 else stack
-    matrices, n, k = stack.shape if not transposed else (stack.shape[0], stack.shape[2], stack.shape[1])
-    packed = torch.empty(matrices * kernels.packed_bytes(dtype == torch.bfloat16, n, k), dtype=torch.uint8)
-    kernels.pack(stack, matrices, transposed, packed)
-    return packed
+    return pack_all(dtype, (weight, transposed))[0]
+
+
+def pack_all(dtype: torch.dtype, *weights: tuple[Tensor, bool]) -> Sequence[Tensor]:
+    """:func:`pack` of weights, and whether transposed, into one piece of memory, which the allocator sooner returns."""
+    stacks = [w.to(dtype) if w.ndim == 3 else w.to(dtype)[None] for w, _ in weights]
+    sizes = []
+    for stack, (_, transposed) in zip(stacks, weights, strict=True):
+        matrices, n, k = stack.mT.shape if transposed else stack.shape
+        sizes.append(matrices * kernels.packed_bytes(dtype == torch.bfloat16, n, k))
+    parts = torch.empty(sum(sizes), dtype=torch.uint8).split(sizes)
+    for stack, (_, transposed), part in zip(stacks, weights, parts, strict=True):
+        kernels.pack(stack, len(stack), transposed, part)
+    return parts
 
 
 def product(x: Tensor, packed: Tensor, outputs: int, *, bias: Tensor | None = None,

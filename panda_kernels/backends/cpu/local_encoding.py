@@ -1,9 +1,10 @@
 """LSTE streamed by bands of image rows (csrc/core/local_encoding.cpp), BatchNorm folded into the first product.
 
-The gradient recomputes the bottleneck and x1 (docs/numerics.md).
+The gradient recomputes the bottleneck and x1, or has them kept by the forward (docs/numerics.md).
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,14 +13,14 @@ from torch import Tensor
 
 from ...tuning import Space
 from . import refusals  # noqa: F401
-from ._arrays import array, compute_dtype, floats, fold_norm, kernels, pack, product, tap_rows, weight_gradient
+from ._arrays import PANEL, array, compute_dtype, floats, fold_norm, kernels, pack, product, tap_rows, weight_gradient
 from ._tuning import tune
 from .depthwise_conv3d import convolve, gradient
 
 SPACE = Space("cpu.local_encoding", band_tokens=(256, 512, 1024, 2048), product_rows=(256, 512, 1024),
               staged_channels=(128, 256, 512))
 
-PANEL = 32  # channels that the products take at a time
+OVER_TIME, POSITION = (3, 1, 1), (3, 3, 3)
 
 
 def streamed_weights(dtype: torch.dtype, wt: Tensor, bt: Tensor, w2: Tensor, b2: Tensor, wd: Tensor,
@@ -30,81 +31,106 @@ def streamed_weights(dtype: torch.dtype, wt: Tensor, bt: Tensor, w2: Tensor, b2:
 
 def fwd(x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tensor, wt: Tensor, bt: Tensor, w2: Tensor,
         b2: Tensor, wd: Tensor, bd: Tensor) -> Tensor:
-    dtype = compute_dtype(x.dtype)
+    return _encode(array(x), norm_scale, norm_shift, w1, b1, wt, bt, w2, b2, wd, bd, kept=[]).to(x.dtype)
+
+
+def keep(x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, *others: Tensor) -> tuple[Tensor, list[Tensor]]:
     tokens = array(x)
-    y = torch.empty_like(tokens)
+    widths = len(w1) + -len(w1) % PANEL, tokens.shape[-1]
+    # In one piece, which the allocator sooner gives back to the system.
+    parts = tokens.new_empty(tokens[..., 0].numel() * sum(widths)).split([tokens[..., 0].numel() * n for n in widths])
+    kept = [part.view(*tokens.shape[:-1], -1) for part in parts]
+    return _encode(tokens, norm_scale, norm_shift, w1, *others, kept=kept).to(x.dtype), kept
+
+
+def _encode(tokens: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tensor, wt: Tensor, bt: Tensor,
+            w2: Tensor, b2: Tensor, wd: Tensor, bd: Tensor, *, kept: list[Tensor]) -> Tensor:
+    """``kept`` receives the bottleneck and x1, unless it is empty."""
+    dtype, y = tokens.dtype, torch.empty_like(tokens)
     weight, bias = fold_norm(norm_scale, norm_shift, w1)
     weights = [pack(weight, dtype), bias + b1.float(), *streamed_weights(dtype, wt, bt, w2, b2, wd, bd)]
     tune(SPACE, tokens, C=w1.shape[1], R=w1.shape[0], direction="fwd")
-    kernels.local_encoding(tokens, weights, w1.shape[0], y)
-    return y.to(x.dtype)
+    kernels.local_encoding(tokens, weights, w1.shape[0], y, kept)
+    return y
 
 
-class _Return(NamedTuple):
-    """What the gradient of every clip needs, the bottleneck widened to whole panels by channels of zeros."""
+class _Padded(NamedTuple):
+    """The bottleneck's parameters with the norm in them, widened to whole panels by channels of zeros."""
 
     squeeze: Tensor
     squeeze_bias: Tensor
     time: Tensor
     time_bias: Tensor
     expand: Tensor
-    expand_bias: Tensor
-    squeeze_back: Tensor
-    time_back: Tensor
-    expand_back: Tensor
-    position_back: Tensor
+
+    def over_time(self, inner: Tensor) -> Tensor:
+        return convolve(inner, self.time, self.time_bias, OVER_TIME)
 
 
-def _return(dtype: torch.dtype, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tensor, wt: Tensor, bt: Tensor,
-            w2: Tensor, b2: Tensor, wd: Tensor) -> _Return:
+def _pad(norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tensor, wt: Tensor, bt: Tensor,
+         w2: Tensor) -> _Padded:
     more = -len(w1) % PANEL
     weight, bias = fold_norm(norm_scale, norm_shift, w1)
-    weight, expand = F.pad(weight, (0, 0, 0, more)), F.pad(w2, (0, more))
-    time = F.pad(wt.float(), (0, 0, 0, more)).T.contiguous()
-    return _Return(pack(weight, dtype), F.pad(bias + b1.float(), (0, more)), time, F.pad(floats(bt), (0, more)),
-                   pack(expand, dtype), floats(b2), pack(weight, dtype, transposed=True), time.flip(0),
-                   pack(expand, dtype, transposed=True), tap_rows(wd.flip(2, 3, 4), residual=True))
+    return _Padded(F.pad(weight, (0, 0, 0, more)), F.pad(bias + b1.float(), (0, more)),
+                   F.pad(wt.float(), (0, 0, 0, more)).T.contiguous(), F.pad(floats(bt), (0, more)),
+                   F.pad(w2, (0, more)))
 
 
-def _clip_bwd(grad: Tensor, x: Tensor, w: _Return, sums: list[tuple[Tensor, Tensor]],
-              grad_x: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Writes ``grad_x`` of one clip ``[1, T, h, w, C]``; adds to the sums of both products' gradients, and of both
-    convolutions'."""
-    def grid(rows: Tensor) -> Tensor:
-        return rows.view(*x.shape[:-1], -1)
+def _recomputed(x: Tensor, padded: _Padded, squeeze: Tensor, expand: Tensor, b2: Tensor) -> list[Tensor]:
+    """The bottleneck and x1 of one clip, by packed weights."""
+    rows, width = _rows(x), len(padded.squeeze_bias)
+    inner = product(rows, squeeze, width, bias=padded.squeeze_bias).view(*x.shape[:-1], width)
+    mixed = _rows(padded.over_time(inner))
+    return [inner, product(mixed, expand, x.shape[-1], bias=b2, residual=rows).view(x.shape)]
 
-    over_time, channels, width = (3, 1, 1), x.shape[-1], len(w.squeeze_bias)
-    rows = x.view(-1, channels)
-    inner = product(rows, w.squeeze, width, bias=w.squeeze_bias)
-    mixed = convolve(grid(inner), w.time, w.time_bias, over_time).view(-1, width)
-    x1 = product(mixed, w.expand, channels, bias=w.expand_bias, residual=rows)
-    position = gradient(grid(x1), grad, (3, 3, 3))
-    del x1
-    grad_x1 = convolve(grad, w.position_back, None, (3, 3, 3)).view(-1, channels)
-    expand = weight_gradient(grad_x1, mixed, sums[1] if sums else None)
-    del mixed
-    grad_mixed = product(grad_x1, w.expand_back, width)
-    time = gradient(grid(inner), grid(grad_mixed), over_time)
-    del inner
-    grad_inner = convolve(grid(grad_mixed), w.time_back, None, over_time).view(-1, width)
-    del grad_mixed
-    product(grad_inner, w.squeeze_back, channels, residual=grad_x1, out=grad_x.view(-1, channels))
-    squeeze = weight_gradient(grad_inner, rows, sums[0] if sums else None)
+
+class _Return(NamedTuple):
+    """What gradients return through."""
+
+    squeeze: Tensor
+    time: Tensor
+    expand: Tensor
+    position: Tensor
+
+
+def _clip_bwd(grad: Tensor, x: Tensor, kept: list[Tensor], padded: _Padded, back: _Return,
+              sums: list[tuple[Tensor, Tensor]], grad_x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Writes ``grad_x`` of one clip ``[1, T, h, w, C]``, whose bottleneck and x1 ``kept`` is left without; adds to the
+    sums of both products' gradients, and of both convolutions'."""
+    position = gradient(kept.pop(), grad, POSITION)
+    inner = kept.pop()
+    grad_x1 = _rows(convolve(grad, back.position, None, POSITION, out=grad_x))
+    expand = weight_gradient(grad_x1, _rows(padded.over_time(inner)), sums[1] if sums else None)
+    grad_mixed = product(grad_x1, back.expand, inner.shape[-1]).view(inner.shape)
+    time = gradient(inner, grad_mixed, OVER_TIME)
+    grad_inner = _rows(convolve(grad_mixed, back.time, None, OVER_TIME))
+    del inner, grad_mixed
+    product(grad_inner, back.squeeze, x.shape[-1], residual=grad_x1, out=grad_x1)
+    squeeze = weight_gradient(grad_inner, _rows(x), sums[0] if sums else None)
     for new, old in zip((time, position), sums[2:], strict=False):
         new[0].add_(old[0])
         new[1].add_(old[1])
     return [squeeze, expand, time, position]
 
 
+def _rows(grid: Tensor) -> Tensor:
+    return grid.view(-1, grid.shape[-1])
+
+
 def bwd(grad: Tensor, x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tensor, wt: Tensor,
-        bt: Tensor, w2: Tensor, b2: Tensor, wd: Tensor, bd: Tensor, *, needs: list[bool]) -> list[Tensor | None]:
+        bt: Tensor, w2: Tensor, b2: Tensor, wd: Tensor, bd: Tensor, *, needs: list[bool],
+        kept: Sequence[Tensor] = ()) -> list[Tensor | None]:
     """Clip by clip, so that the intermediates of one exist at a time."""
-    weights = _return(compute_dtype(x.dtype), norm_scale, norm_shift, w1, b1, wt, bt, w2, b2, wd)
-    tokens, grads = array(x), array(grad)
+    dtype, tokens, grads = compute_dtype(x.dtype), array(x), array(grad)
     tune(SPACE, tokens, C=w1.shape[1], R=w1.shape[0], direction="bwd")
+    padded = _pad(norm_scale, norm_shift, w1, b1, wt, bt, w2)
+    back = _Return(pack(padded.squeeze, dtype, transposed=True), padded.time.flip(0),
+                   pack(padded.expand, dtype, transposed=True), tap_rows(wd.flip(2, 3, 4), residual=True))
+    again = () if kept else (pack(padded.squeeze, dtype), pack(padded.expand, dtype), floats(b2))
     grad_x, sums = torch.empty_like(tokens), list[tuple[Tensor, Tensor]]()
-    for clip in zip(grads.split(1), tokens.split(1), grad_x.split(1), strict=True):
-        sums = _clip_bwd(clip[0], clip[1], weights, sums, clip[2])
+    for i in range(len(tokens)):
+        grad_clip, clip, grad_x_clip, *held = (t[i:i + 1] for t in (grads, tokens, grad_x, *kept))
+        sums = _clip_bwd(grad_clip, clip, held or _recomputed(clip, padded, *again), padded, back, sums, grad_x_clip)
     (squeeze, e), (expand, grad_b2), (time, time_bias), (position, grad_bd) = sums
     reduced, precise = len(w1), w1.float()
     squeeze, e = squeeze[:reduced], e[:reduced]

@@ -1,14 +1,15 @@
 """LSD in its folded form, a few products over a list of windows (csrc/core/window_pool.cpp)."""
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...tuning import Space
 from . import refusals  # noqa: F401
-from ._arrays import array, compute_dtype, fold_norm, kernels, pack, precise_product
+from ._arrays import PANEL, array, compute_dtype, fold_norm, kernels, pack_all, precise_product
 from ._tuning import tune
 
 SPACE = Space("cpu.window_attention_pool", band_tokens=(256, 512, 1024), product_rows=(256, 512, 1024),
@@ -36,11 +37,13 @@ def _fold(q_norm_weight: Tensor, q_norm_bias: Tensor, wq: Tensor, kv_norm_weight
     return _Folded(query, query_bias, keys.unflatten(0, heads), values.unflatten(0, heads), values_bias)
 
 
-def _packed(dtype: torch.dtype, folded: _Folded, wp: Tensor, bp: Tensor) -> list[Tensor]:
-    """In the order of ``window_weights`` in csrc/bindings.cpp; what the values' affine adds, in the output's bias."""
+def _packed(dtype: torch.dtype, folded: _Folded, wp: Tensor, bp: Tensor, *back: tuple[Tensor, bool]) -> list[Tensor]:
+    """In the order of ``window_weights`` in csrc/bindings.cpp, ``back`` behind them; what the values' affine adds, in the
+    output's bias."""
     out_bias = bp.float() + precise_product(wp, folded.values_bias)
-    return [pack(folded.query, dtype), folded.query_bias, pack(folded.keys, dtype, transposed=True),
-            pack(folded.values, dtype), pack(wp, dtype), out_bias]
+    query, keys, values, out, *others = pack_all(dtype, (folded.query, False), (folded.keys, True),
+                                                 (folded.values, False), (wp, False), *back)
+    return [query, folded.query_bias, keys, values, out, out_bias, *others]
 
 
 def window_weights(dtype: torch.dtype, q_norm_weight: Tensor, q_norm_bias: Tensor, wq: Tensor, kv_norm_weight: Tensor,
@@ -53,39 +56,57 @@ def window_weights(dtype: torch.dtype, q_norm_weight: Tensor, q_norm_bias: Tenso
 def fwd(x: Tensor, corners: Tensor, num_windows: int, q_norm_weight: Tensor, q_norm_bias: Tensor, wq: Tensor,
         kv_norm_weight: Tensor, kv_norm_bias: Tensor, wkv: Tensor, wp: Tensor, bp: Tensor, num_heads: int, window: int,
         eps: float, scale: float | None) -> Tensor:
+    return _pool(x, corners, num_windows, q_norm_weight, q_norm_bias, wq, kv_norm_weight, kv_norm_bias, wkv, wp, bp,
+                 num_heads, window, eps, scale, kept=[])
+
+
+def keep(x: Tensor, corners: Tensor, num_windows: int, *others: Any) -> tuple[Tensor, list[Tensor]]:
+    dtype, channels = compute_dtype(x.dtype), x.shape[-1]
+    width = channels if dtype == torch.float32 else channels + -channels % PANEL
+    kept = [torch.zeros(num_windows, width, dtype=dtype) for _ in range(2)]
+    return _pool(x, corners, num_windows, *others, kept=kept), kept
+
+
+def _pool(x: Tensor, corners: Tensor, num_windows: int, q_norm_weight: Tensor, q_norm_bias: Tensor, wq: Tensor,
+          kv_norm_weight: Tensor, kv_norm_bias: Tensor, wkv: Tensor, wp: Tensor, bp: Tensor, num_heads: int,
+          window: int, eps: float, scale: float | None, *, kept: list[Tensor]) -> Tensor:
+    """``kept`` receives the projected queries and the heads' outputs, unless it is empty."""
     channels = x.shape[-1]
     dtype = compute_dtype(x.dtype)
     weights = window_weights(dtype, q_norm_weight, q_norm_bias, wq, kv_norm_weight, kv_norm_bias, wkv, wp, bp,
                              num_heads=num_heads, scale=channels**-0.5 if scale is None else scale)
     y = torch.empty(num_windows, channels, dtype=dtype)
     tune(SPACE, y, C=channels, heads=num_heads, window=window, direction="fwd")
-    kernels.window_attention_pool(array(x), corners.contiguous(), weights, num_heads, window, eps, y)
+    kernels.window_attention_pool(array(x), corners.contiguous(), weights, num_heads, window, eps, y, kept)
     return y.to(x.dtype)
 
 
 def bwd(grad: Tensor, x: Tensor, corners: Tensor, num_windows: int, q_norm_weight: Tensor, q_norm_bias: Tensor,
         wq: Tensor, kv_norm_weight: Tensor, kv_norm_bias: Tensor, wkv: Tensor, wp: Tensor, bp: Tensor,
-        num_heads: int, window: int, eps: float, scale: float | None, *, needs: list[bool]) -> list[Tensor | None]:
+        num_heads: int, window: int, eps: float, scale: float | None, *, needs: list[bool],
+        kept: Sequence[Tensor] = ()) -> list[Tensor | None]:
     channels, dtype, tokens = x.shape[-1], compute_dtype(x.dtype), array(x)
     scale = channels**-0.5 if scale is None else scale
     folded = _fold(q_norm_weight, q_norm_bias, wq, kv_norm_weight, kv_norm_bias, wkv, num_heads, scale)
-    weights = [*_packed(dtype, folded, wp, bp), pack(folded.query, dtype, transposed=True), pack(folded.keys, dtype),
-               pack(folded.values, dtype, transposed=True), pack(wp, dtype, transposed=True)]
+    weights = _packed(dtype, folded, wp, bp, (folded.query, True), (folded.keys, False), (folded.values, True),
+                      (wp, True))
     grad_x, vector, square = torch.empty_like(tokens), (channels,), (channels, channels)
-    sums = [torch.empty(*s) for s in (square, vector, square, square, vector, square, vector)]
+    query, query_bias, values_bias, out, out_bias = (torch.empty(*s) for s in (square, vector, vector, square, vector))
+    keys_values = torch.empty(2 * channels, channels)
     tune(SPACE, tokens, C=channels, heads=num_heads, window=window, direction="bwd")
-    kernels.window_attention_pool_gradient(array(grad), tokens, corners.contiguous(), weights, num_heads, window, eps,
-                                           grad_x, sums)
-    query, query_bias, keys, values, values_bias, out, out_bias = sums
-    # From the folded matrices' gradients to those of what was folded.
+    kernels.window_attention_pool_gradient(
+        array(grad), tokens, corners.contiguous(), weights, num_heads, window, eps, list(kept), grad_x,
+        [query, query_bias, *keys_values.chunk(2), values_bias, out, out_bias])
+    values_offset = folded.values_bias
+    del weights, folded  # what follows finds its memory there
+    # From the folded matrices' gradients to those of what was folded, the large ones in place.
     q_weight, q_bias, kv_weight, kv_bias = (
         t.float() for t in (q_norm_weight, q_norm_bias, kv_norm_weight, kv_norm_bias))
-    precise_q, (wk, wv) = wq.float(), wkv.float().chunk(2)
-    grads = [
-        scale * (precise_q * query).sum(0), scale * (query_bias.double() @ precise_q.double()),
-        scale * torch.addcmul(torch.outer(query_bias, q_bias), query, q_weight),
-        (wk * keys + wv * values).sum(0), values_bias.double() @ wv.double(),
-        torch.cat([keys * kv_weight, torch.addcmul(torch.outer(values_bias, kv_bias), values, kv_weight)]),
-        torch.addr(out, out_bias, folded.values_bias), out_bias]
+    precise_q, precise_kv = wq.float(), wkv.float()
+    q_norm = scale * (precise_q * query).sum(0), scale * (query_bias.double() @ precise_q.double())
+    kv_norm = (precise_kv * keys_values).sum(0), values_bias.double() @ precise_kv[channels:].double()
+    query.mul_(q_weight).addr_(query_bias, q_bias).mul_(scale)
+    keys_values.mul_(kv_weight)[channels:].addr_(values_bias, kv_bias)
+    grads = [*q_norm, query, *kv_norm, keys_values, out.addr_(out_bias, values_offset), out_bias]
     inputs = (q_norm_weight, q_norm_bias, wq, kv_norm_weight, kv_norm_bias, wkv, wp, bp)
     return [grad_x.to(x.dtype), None, *(g.to(t.dtype) for g, t in zip(grads, inputs, strict=True))]
