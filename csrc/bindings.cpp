@@ -8,6 +8,7 @@
 
 #include "core/batch_statistics.h"
 #include "core/drivers.h"
+#include "core/pages.h"
 #include "core/parallel.h"
 #include "core/product.h"
 #include "core/tier.h"
@@ -18,6 +19,24 @@
 #include "tensors.h"
 
 namespace {
+
+// Uninitialised, float32, bfloat16 or bytes, in memory that earlier results have left.
+Tensor result(std::vector<int64_t> sizes, ScalarType type) {
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Byte,
+                  "panda_kernels: no results of type ", torch::headeronly::toString(type));
+  std::vector<int64_t> strides(sizes.size());
+  int64_t bytes = type == ScalarType::Byte
+                      ? 1
+                      : panda::size_of(type == ScalarType::Float ? panda::Dtype::float32 : panda::Dtype::bfloat16);
+  const int64_t element = bytes;
+  for (size_t i = sizes.size(); i-- > 0; bytes *= sizes[i]) {
+    STD_TORCH_CHECK(sizes[i] > 0, "panda_kernels: expected sizes of at least 1, got ", sizes[i]);
+    strides[i] = bytes / element;
+  }
+  return torch::stable::from_blob(panda::take_pages(bytes), sizes, strides,
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), type,
+                                  [](void* data) { panda::give_pages(data); });
+}
 
 void batch_statistics(const Tensor& x, Tensor result) {
   const panda::Dtype dtype = dtype_of(x);
@@ -39,7 +58,6 @@ void pack(const Tensor& w, int64_t matrices, bool transposed, Tensor to) {
   const int64_t n = transposed ? columns : rows, k = transposed ? rows : columns;
   STD_TORCH_CHECK(found == matrices, "panda_kernels: expected ", matrices, " weights to pack, got ", found);
   packed(to, dtype, n, k, matrices);
-  panda::prefer_large_pages(to.mutable_data_ptr(), to.numel());
   for (int64_t i = 0; i < matrices; ++i)
     panda::pack(dtype, dtype, static_cast<const char*>(w.const_data_ptr()) + i * w.stride(0) * panda::size_of(dtype),
                 w.stride(transposed ? 2 : 1), w.stride(transposed ? 1 : 2), n, k,
@@ -154,9 +172,13 @@ void attention_pool_gradient(const Tensor& grad, const Tensor& x, const Tensor& 
                                  to);
 }
 
+void divide(int64_t c, int64_t heads) {
+  STD_TORCH_CHECK(heads > 0 && c % heads == 0, "panda_kernels: ", heads, " heads do not divide ", c, " channels");
+}
+
 panda::WindowPoolWeights window_weights(panda::Dtype dtype, int64_t c, int64_t heads, int64_t window, double eps,
                                         const Tensor* w) {
-  STD_TORCH_CHECK(heads > 0 && c % heads == 0, "panda_kernels: ", heads, " heads do not divide ", c, " channels");
+  divide(c, heads);
   return {c,
           heads,
           window * window,
@@ -211,7 +233,8 @@ void window_attention_pool(const Tensor& x, const Tensor& corners, const std::ve
                                kept_windows(dtype, windows, c, kept));
 }
 
-// weights: the six of window_weights(), then as in WindowPoolReturn; sums as in WindowPoolSums.
+// weights: keys, those of WindowPoolReturn and, where nothing is kept, query, its bias and values; sums as in
+// WindowPoolSums.
 void window_attention_pool_gradient(const Tensor& grad, const Tensor& x, const Tensor& corners,
                                     const std::vector<Tensor>& weights, int64_t heads, int64_t window, double eps,
                                     const std::vector<Tensor>& kept, Tensor grad_x, std::vector<Tensor> sums) {
@@ -220,10 +243,17 @@ void window_attention_pool_gradient(const Tensor& grad, const Tensor& x, const T
   const int64_t* rectangles = integers(corners, {frames, 4});
   const int64_t windows = count(rectangles, frames, h, w, window).windows;
   const void* from = in(grad, dtype, {windows, c});
-  const Tensor* all = list(weights, 10);
-  const panda::WindowPoolWeights forward = window_weights(dtype, c, heads, window, eps, all);
-  const panda::WindowPoolReturn back{packed(all[6], dtype, c, c), packed(all[7], dtype, c / heads, c, heads),
-                                     packed(all[8], dtype, c, c / heads, heads), packed(all[9], dtype, c, c)};
+  divide(c, heads);
+  const Tensor* all = list(weights, kept.empty() ? 8 : 5);
+  panda::WindowPoolWeights forward{c, heads, window * window, float(eps)};
+  forward.keys = packed(all[0], dtype, c, c / heads, heads);
+  if (kept.empty()) {
+    forward.query = packed(all[5], dtype, c, c);
+    forward.query_bias = floats(all[6], {c});
+    forward.values = packed(all[7], dtype, c / heads, c, heads);
+  }
+  const panda::WindowPoolReturn back{packed(all[1], dtype, c, c), packed(all[2], dtype, c / heads, c, heads),
+                                     packed(all[3], dtype, c, c / heads, heads), packed(all[4], dtype, c, c)};
   const Tensor* s = list(sums, 7);
   const panda::WindowPoolSums to{floats_out(s[0], {c, c}), floats_out(s[1], {c}), floats_out(s[2], {c, c}),
                                  floats_out(s[3], {c, c}), floats_out(s[4], {c}), floats_out(s[5], {c, c}),
@@ -368,6 +398,7 @@ STABLE_TORCH_LIBRARY(panda_kernels_cpu, m) {
   m.def("packed_bytes(bool bfloat16, int n, int k) -> int");
   m.def("batch_statistics(Tensor x, Tensor(a!) result) -> ()");
   m.def("affine(Tensor x, Tensor scale, Tensor shift, Tensor(a!) y) -> ()");
+  m.def("result(int[] sizes, ScalarType dtype) -> Tensor");
   m.def("pack(Tensor w, int matrices, bool transposed, Tensor(a!) to) -> ()");
   m.def("depthwise_conv3d(Tensor x, Tensor taps, Tensor? bias, int kt, int kh, int kw, Tensor(a!) y) -> ()");
   m.def("depthwise_gradient(Tensor x, Tensor grad, int kt, int kh, int kw, Tensor(a!) taps, Tensor(b!) bias) -> ()");
@@ -404,6 +435,7 @@ STABLE_TORCH_LIBRARY_IMPL(panda_kernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("set_isa", TORCH_BOX(&set_isa));
   m.impl("set_tuning", TORCH_BOX(&set_tuning));
+  m.impl("result", TORCH_BOX(&result));
   m.impl("packed_bytes", TORCH_BOX(&packed_bytes));
 }
 

@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "core/drivers.h"
-#include "core/pages.h"
 #include "expect.h"
 
 namespace {
@@ -28,7 +27,6 @@ const void* in(const Tensor& t, panda::Dtype dtype, Shape shape) {
 
 void* out(const Tensor& t, panda::Dtype dtype, Shape shape) {
   expect(t, type_of(dtype), shape);
-  panda::prefer_large_pages(t.mutable_data_ptr(), t.numel() * panda::size_of(dtype));
   return t.mutable_data_ptr();
 }
 

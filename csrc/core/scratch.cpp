@@ -4,9 +4,13 @@
 #include <new>
 #include <utility>
 
+#include "pages.h"
+
 namespace panda {
 
 namespace {
+
+constexpr size_t kShared = size_t(4) << 20;  // larger blocks wait where results do, for whoever is next
 
 // The blocks of a thread that wait for its next call: as many as the tower holds at once.
 struct Pool {
@@ -25,6 +29,7 @@ thread_local Pool pool;
 
 // The smallest kept block that is large enough, else a new one.
 ScratchBlock take_scratch(size_t bytes) {
+  if (bytes >= kShared) return {take_pages(int64_t(bytes)), bytes};
   ScratchBlock* best = nullptr;
   for (ScratchBlock& block : pool.kept)
     if (block.data && block.bytes >= bytes && (!best || block.bytes < best->bytes)) best = &block;
@@ -37,6 +42,7 @@ ScratchBlock take_scratch(size_t bytes) {
 
 // Keeps the largest blocks.
 void give_scratch(ScratchBlock given) {
+  if (given.bytes >= kShared) return give_pages(given.data);
   for (ScratchBlock& block : pool.kept)
     if (block.bytes < given.bytes) std::swap(block, given);
   std::free(given.data);

@@ -13,12 +13,12 @@ namespace panda {
 struct WindowPoolWeights {
   int64_t c, heads, size;  // size: tokens of a window
   float eps;
-  const void* query;        // packed [c, c]
-  const float* query_bias;  // [c]
-  const void* keys;         // packed [c, c / heads], one a head, packed_bytes() apart
-  const void* values;       // packed [c / heads, c], one a head
-  const void* out;          // packed [c, c]
-  const float* out_bias;    // [c]
+  const void* query = nullptr;        // packed [c, c]
+  const float* query_bias = nullptr;  // [c]
+  const void* keys = nullptr;         // packed [c, c / heads], one a head, packed_bytes() apart
+  const void* values = nullptr;       // packed [c / heads, c], one a head
+  const void* out = nullptr;          // packed [c, c]
+  const float* out_bias = nullptr;    // [c]
 };
 
 // What a gradient can take over from the forward, [windows][stride] each, zero beyond c: the projected queries, and the

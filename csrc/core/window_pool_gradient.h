@@ -7,7 +7,8 @@
 
 namespace panda {
 
-// Besides the forward's, the same matrices packed the other way, through which gradients return.
+// Besides the forward's keys and, unless their results are kept, query and values, the same matrices packed the other
+// way, through which gradients return.
 struct WindowPoolReturn {
   const void* query;   // packed transpose, [c, c]
   const void* keys;    // packed [c / heads, c], one a head

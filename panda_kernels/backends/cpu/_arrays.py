@@ -1,6 +1,7 @@
 """Tensors as the compiled core wants them: contiguous, float32 or bfloat16, weights folded and packed."""
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 kernels = torch.ops.panda_kernels_cpu
 PANEL = 32  # channels that the products take at a time
+LARGE = 1 << 22  # bytes; the allocator itself keeps what is smaller
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -17,6 +19,17 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def array(x: Tensor) -> Tensor:
     return x.to(compute_dtype(x.dtype)).contiguous()
+
+
+def result(*sizes: int, dtype: torch.dtype) -> Tensor:
+    """What is not a parameter's: uninitialised, large ones in memory that earlier ones have left (csrc/core/pages.h)."""
+    if math.prod(sizes) * dtype.itemsize < LARGE:
+        return torch.empty(*sizes, dtype=dtype)
+    return kernels.result(sizes, dtype)
+
+
+def result_like(x: Tensor) -> Tensor:
+    return result(*x.shape, dtype=x.dtype)
 
 
 def floats(x: Tensor) -> Tensor:
@@ -41,13 +54,13 @@ def pack(weight: Tensor, dtype: torch.dtype, *, transposed: bool = False) -> Ten
 
 
 def pack_all(dtype: torch.dtype, *weights: tuple[Tensor, bool]) -> Sequence[Tensor]:
-    """:func:`pack` of weights, and whether transposed, into one piece of memory, which the allocator sooner returns."""
+    """:func:`pack` of weights, and whether transposed, into one piece of memory."""
     stacks = [w.to(dtype) if w.ndim == 3 else w.to(dtype)[None] for w, _ in weights]
     sizes = []
     for stack, (_, transposed) in zip(stacks, weights, strict=True):
         matrices, n, k = stack.mT.shape if transposed else stack.shape
         sizes.append(matrices * kernels.packed_bytes(dtype == torch.bfloat16, n, k))
-    parts = torch.empty(sum(sizes), dtype=torch.uint8).split(sizes)
+    parts = result(sum(sizes), dtype=torch.uint8).split(sizes)
     for stack, (_, transposed), part in zip(stacks, weights, parts, strict=True):
         kernels.pack(stack, len(stack), transposed, part)
     return parts
@@ -56,7 +69,7 @@ def pack_all(dtype: torch.dtype, *weights: tuple[Tensor, bool]) -> Sequence[Tens
 def product(x: Tensor, packed: Tensor, outputs: int, *, bias: Tensor | None = None,
             residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """``x w^T + bias + residual`` for rows ``x [rows, k]`` and a packed weight ``[outputs, k]``."""
-    y = torch.empty(x.shape[0], outputs, dtype=x.dtype) if out is None else out
+    y = result(x.shape[0], outputs, dtype=x.dtype) if out is None else out
     kernels.product(x, packed, bias, residual, y)
     return y
 

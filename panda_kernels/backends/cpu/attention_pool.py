@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from . import refusals  # noqa: F401
-from ._arrays import array, floats, kernels
+from ._arrays import array, floats, kernels, result_like
 
 
 def _offsets(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -22,6 +22,6 @@ def fwd(x: Tensor, queries: Tensor, cu_seqlens: Tensor | None, eps: float) -> Te
 def bwd(grad: Tensor, x: Tensor, queries: Tensor, cu_seqlens: Tensor | None, eps: float, *,
         needs: list[bool]) -> list[Tensor | None]:
     tokens, offsets = array(x).view(-1, x.shape[-1]), _offsets(x, cu_seqlens)
-    grad_x, grad_queries = torch.empty_like(tokens), torch.empty(*queries.shape)
+    grad_x, grad_queries = result_like(tokens), torch.empty(*queries.shape)
     kernels.attention_pool_gradient(floats(grad), tokens, floats(queries), offsets, eps, grad_x, grad_queries)
     return [grad_x.view(x.shape).to(x.dtype), grad_queries.to(queries.dtype)]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..torch.batch_statistics import slope_and_offset
 from . import refusals  # noqa: F401
-from ._arrays import array, kernels
+from ._arrays import array, kernels, result_like
 
 
 def fwd(x: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def fwd(x: Tensor) -> Tensor:
 def bwd(grad: Tensor, x: Tensor, *, needs: list[bool]) -> list[Tensor | None]:
     tokens = _rows(x)
     slope, offset = slope_and_offset(grad, _statistics(tokens)[0], len(tokens))
-    grad_x = torch.empty_like(tokens)
+    grad_x = result_like(tokens)
     kernels.affine(tokens, slope, offset, grad_x)
     return [grad_x.view(x.shape).to(x.dtype)]
 
@@ -26,6 +26,6 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _statistics(tokens: Tensor) -> Tensor:
-    result = torch.empty(2, tokens.shape[1])
-    kernels.batch_statistics(tokens, result)
-    return result
+    moments = torch.empty(2, tokens.shape[1])
+    kernels.batch_statistics(tokens, moments)
+    return moments

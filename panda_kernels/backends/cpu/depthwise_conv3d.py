@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ...tuning import Space
 from . import refusals  # noqa: F401
-from ._arrays import array, floats, kernels, tap_rows
+from ._arrays import array, floats, kernels, result_like, tap_rows
 from ._tuning import tune
 
 SPACE = Space("cpu.depthwise_conv3d", stencil_rows=(4, 8, 16, 32), staged_channels=(64, 128, 256, 512))
@@ -15,7 +15,7 @@ SPACE = Space("cpu.depthwise_conv3d", stencil_rows=(4, 8, 16, 32), staged_channe
 def convolve(tokens: Tensor, taps: Tensor, bias: Tensor | None, kernel: tuple[int, ...],
              out: Tensor | None = None) -> Tensor:
     """Tokens ``[B, T, h, w, C]`` as the kernels want them, ``taps`` as :func:`tap_rows` makes them."""
-    y = torch.empty_like(tokens) if out is None else out
+    y = result_like(tokens) if out is None else out
     kernels.depthwise_conv3d(tokens, taps, bias, *kernel, y)
     return y
 

@@ -13,7 +13,20 @@ from torch import Tensor
 
 from ...tuning import Space
 from . import refusals  # noqa: F401
-from ._arrays import PANEL, array, compute_dtype, floats, fold_norm, kernels, pack, product, tap_rows, weight_gradient
+from ._arrays import (
+    PANEL,
+    array,
+    compute_dtype,
+    floats,
+    fold_norm,
+    kernels,
+    pack,
+    product,
+    result,
+    result_like,
+    tap_rows,
+    weight_gradient,
+)
 from ._tuning import tune
 from .depthwise_conv3d import convolve, gradient
 
@@ -36,17 +49,14 @@ def fwd(x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tenso
 
 def keep(x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, *others: Tensor) -> tuple[Tensor, list[Tensor]]:
     tokens = array(x)
-    widths = len(w1) + -len(w1) % PANEL, tokens.shape[-1]
-    # In one piece, which the allocator sooner gives back to the system.
-    parts = tokens.new_empty(tokens[..., 0].numel() * sum(widths)).split([tokens[..., 0].numel() * n for n in widths])
-    kept = [part.view(*tokens.shape[:-1], -1) for part in parts]
+    kept = [result(*x.shape[:-1], len(w1) + -len(w1) % PANEL, dtype=tokens.dtype), result_like(tokens)]
     return _encode(tokens, norm_scale, norm_shift, w1, *others, kept=kept).to(x.dtype), kept
 
 
 def _encode(tokens: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tensor, wt: Tensor, bt: Tensor,
             w2: Tensor, b2: Tensor, wd: Tensor, bd: Tensor, *, kept: list[Tensor]) -> Tensor:
     """``kept`` receives the bottleneck and x1, unless it is empty."""
-    dtype, y = tokens.dtype, torch.empty_like(tokens)
+    dtype, y = tokens.dtype, result_like(tokens)
     weight, bias = fold_norm(norm_scale, norm_shift, w1)
     weights = [pack(weight, dtype), bias + b1.float(), *streamed_weights(dtype, wt, bt, w2, b2, wd, bd)]
     tune(SPACE, tokens, C=w1.shape[1], R=w1.shape[0], direction="fwd")
@@ -127,7 +137,7 @@ def bwd(grad: Tensor, x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Ten
     back = _Return(pack(padded.squeeze, dtype, transposed=True), padded.time.flip(0),
                    pack(padded.expand, dtype, transposed=True), tap_rows(wd.flip(2, 3, 4), residual=True))
     again = () if kept else (pack(padded.squeeze, dtype), pack(padded.expand, dtype), floats(b2))
-    grad_x, sums = torch.empty_like(tokens), list[tuple[Tensor, Tensor]]()
+    grad_x, sums = result_like(tokens), list[tuple[Tensor, Tensor]]()
     for i in range(len(tokens)):
         grad_clip, clip, grad_x_clip, *held = (t[i:i + 1] for t in (grads, tokens, grad_x, *kept))
         sums = _clip_bwd(grad_clip, clip, held or _recomputed(clip, padded, *again), padded, back, sums, grad_x_clip)

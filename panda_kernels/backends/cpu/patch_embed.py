@@ -9,7 +9,7 @@ from torch import Tensor
 from ...tuning import Space
 from ..torch.patch_embed import CLIP_MEAN, CLIP_STD, missing_frames, whole_patches
 from . import refusals  # noqa: F401
-from ._arrays import array, compute_dtype, kernels, pack, product
+from ._arrays import array, compute_dtype, kernels, pack, product, result
 from ._tuning import tune
 
 SPACE = Space("cpu.patch_embed", band_tokens=(256, 512, 1024, 2048), product_rows=(128, 256, 512, 1024))
@@ -31,7 +31,7 @@ def fwd(pixels: Tensor, weight: Tensor, present: Tensor | None) -> Tensor:
     batch, frames, _, height, width = pixels.shape
     channels, _, patch, _ = weight.shape
     dtype = compute_dtype(weight.dtype)
-    y = torch.empty(batch, frames, height // patch, width // patch, channels, dtype=dtype)
+    y = result(batch, frames, height // patch, width // patch, channels, dtype=dtype)
     tune(SPACE, y, C=channels, patch=patch, direction="fwd")
     kernels.patch_embed(readable(pixels), None if present is None else present.contiguous(), normalisation(), patch,
                         pack(weight.flatten(1), dtype), y)

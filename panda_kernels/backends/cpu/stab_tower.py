@@ -9,7 +9,7 @@ from torch import Tensor
 from ...rectangles import Rectangles
 from ...tuning import Space
 from . import class_tokens, refusals  # noqa: F401
-from ._arrays import compute_dtype, floats, fold_norm, kernels, pack, precise_product
+from ._arrays import compute_dtype, floats, fold_norm, kernels, pack, precise_product, result
 from ._tuning import tune
 from .class_tokens import FusionWeights, MLPWeights, ValueWeights
 from .local_encoding import streamed_weights
@@ -64,7 +64,7 @@ def run(tower: Streamed, pixels: Tensor, rectangles: Rectangles,
     """Pixels ``[B, T, 3 or 4, H, W]`` -> packed tokens in the dtype of computation, ``cu_seqlens`` and ``grid``."""
     clips, frames = pixels.shape[:2]
     clip_queries, frame_queries = tower.weights[9], tower.weights[16]
-    tokens = torch.empty(rectangles.num_tokens, tower.channels, dtype=tower.dtype)
+    tokens = result(rectangles.num_tokens, tower.channels, dtype=tower.dtype)
     clip_pooled = torch.empty(clips if frames > 1 else 0, *clip_queries.shape)
     frame_pooled = torch.empty(clips * frames, *frame_queries.shape)
     tune(SPACE, tokens, C=tower.channels, R=tower.reduced, heads=tower.num_heads, patch=tower.patch,

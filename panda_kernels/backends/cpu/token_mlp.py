@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...tuning import Space
 from . import refusals  # noqa: F401
-from ._arrays import array, compute_dtype, floats, kernels, pack, product, weight_gradient
+from ._arrays import array, compute_dtype, floats, kernels, pack, product, result, weight_gradient
 from ._tuning import tune
 
 SPACE = Space("cpu.token_mlp", band_tokens=(256, 512, 1024, 2048), product_rows=(128, 256, 512, 1024))
@@ -28,7 +28,7 @@ def prepare(w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Prepared:
 def run(prepared: Prepared, x: Tensor) -> Tensor:
     """Tokens ``[..., C]`` of the weights' dtype, checked by the caller."""
     tokens = array(x).reshape(-1, x.shape[-1])
-    y = torch.empty(tokens.shape[0], len(prepared[3]), dtype=tokens.dtype)
+    y = result(tokens.shape[0], len(prepared[3]), dtype=tokens.dtype)
     tune(SPACE, tokens, C=tokens.shape[1], hidden=len(prepared[1]), out=len(prepared[3]), direction="fwd")
     kernels.token_mlp(tokens, *prepared, y)
     return y.view(*x.shape[:-1], -1).to(x.dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...tuning import Space
 from . import refusals  # noqa: F401
-from ._arrays import PANEL, array, compute_dtype, fold_norm, kernels, pack_all, precise_product
+from ._arrays import PANEL, array, compute_dtype, fold_norm, kernels, pack_all, precise_product, result, result_like
 from ._tuning import tune
 
 SPACE = Space("cpu.window_attention_pool", band_tokens=(256, 512, 1024), product_rows=(256, 512, 1024),
@@ -37,20 +37,15 @@ def _fold(q_norm_weight: Tensor, q_norm_bias: Tensor, wq: Tensor, kv_norm_weight
     return _Folded(query, query_bias, keys.unflatten(0, heads), values.unflatten(0, heads), values_bias)
 
 
-def _packed(dtype: torch.dtype, folded: _Folded, wp: Tensor, bp: Tensor, *back: tuple[Tensor, bool]) -> list[Tensor]:
-    """In the order of ``window_weights`` in csrc/bindings.cpp, ``back`` behind them; what the values' affine adds, in the
-    output's bias."""
-    out_bias = bp.float() + precise_product(wp, folded.values_bias)
-    query, keys, values, out, *others = pack_all(dtype, (folded.query, False), (folded.keys, True),
-                                                 (folded.values, False), (wp, False), *back)
-    return [query, folded.query_bias, keys, values, out, out_bias, *others]
-
-
 def window_weights(dtype: torch.dtype, q_norm_weight: Tensor, q_norm_bias: Tensor, wq: Tensor, kv_norm_weight: Tensor,
                    kv_norm_bias: Tensor, wkv: Tensor, wp: Tensor, bp: Tensor, *,
                    num_heads: int, scale: float) -> list[Tensor]:
+    """In the order of ``window_weights`` in csrc/bindings.cpp; what the values' affine adds, in the output's bias."""
     folded = _fold(q_norm_weight, q_norm_bias, wq, kv_norm_weight, kv_norm_bias, wkv, num_heads, scale)
-    return _packed(dtype, folded, wp, bp)
+    query, keys, values, out = pack_all(dtype, (folded.query, False), (folded.keys, True), (folded.values, False),
+                                        (wp, False))
+    out_bias = bp.float() + precise_product(wp, folded.values_bias)
+    return [query, folded.query_bias, keys, values, out, out_bias]
 
 
 def fwd(x: Tensor, corners: Tensor, num_windows: int, q_norm_weight: Tensor, q_norm_bias: Tensor, wq: Tensor,
@@ -62,8 +57,11 @@ def fwd(x: Tensor, corners: Tensor, num_windows: int, q_norm_weight: Tensor, q_n
 
 def keep(x: Tensor, corners: Tensor, num_windows: int, *others: Any) -> tuple[Tensor, list[Tensor]]:
     dtype, channels = compute_dtype(x.dtype), x.shape[-1]
-    width = channels if dtype == torch.float32 else channels + -channels % PANEL
-    kept = [torch.zeros(num_windows, width, dtype=dtype) for _ in range(2)]
+    padding = 0 if dtype == torch.float32 else -channels % PANEL
+    kept = [result(num_windows, channels + padding, dtype=dtype) for _ in range(2)]
+    if padding:
+        for rows in kept:
+            rows[:, channels:].zero_()
     return _pool(x, corners, num_windows, *others, kept=kept), kept
 
 
@@ -75,10 +73,18 @@ def _pool(x: Tensor, corners: Tensor, num_windows: int, q_norm_weight: Tensor, q
     dtype = compute_dtype(x.dtype)
     weights = window_weights(dtype, q_norm_weight, q_norm_bias, wq, kv_norm_weight, kv_norm_bias, wkv, wp, bp,
                              num_heads=num_heads, scale=channels**-0.5 if scale is None else scale)
-    y = torch.empty(num_windows, channels, dtype=dtype)
+    y = result(num_windows, channels, dtype=dtype)
     tune(SPACE, y, C=channels, heads=num_heads, window=window, direction="fwd")
     kernels.window_attention_pool(array(x), corners.contiguous(), weights, num_heads, window, eps, y, kept)
     return y.to(x.dtype)
+
+
+def _return_weights(dtype: torch.dtype, folded: _Folded, wp: Tensor, *, again: bool) -> list[Tensor]:
+    """In the order of the gradient in csrc/bindings.cpp; ``again``: queries and heads' outputs are computed once more."""
+    more = ((folded.query, False), (folded.values, False)) if again else ()
+    weights = list(pack_all(dtype, (folded.keys, True), (folded.query, True), (folded.keys, False),
+                            (folded.values, True), (wp, True), *more))
+    return [*weights[:6], folded.query_bias, weights[6]] if again else weights
 
 
 def bwd(grad: Tensor, x: Tensor, corners: Tensor, num_windows: int, q_norm_weight: Tensor, q_norm_bias: Tensor,
@@ -88,17 +94,16 @@ def bwd(grad: Tensor, x: Tensor, corners: Tensor, num_windows: int, q_norm_weigh
     channels, dtype, tokens = x.shape[-1], compute_dtype(x.dtype), array(x)
     scale = channels**-0.5 if scale is None else scale
     folded = _fold(q_norm_weight, q_norm_bias, wq, kv_norm_weight, kv_norm_bias, wkv, num_heads, scale)
-    weights = _packed(dtype, folded, wp, bp, (folded.query, True), (folded.keys, False), (folded.values, True),
-                      (wp, True))
-    grad_x, vector, square = torch.empty_like(tokens), (channels,), (channels, channels)
+    weights, values_offset = _return_weights(dtype, folded, wp, again=not kept), folded.values_bias
+    del folded
+    grad_x, vector, square = result_like(tokens), (channels,), (channels, channels)
     query, query_bias, values_bias, out, out_bias = (torch.empty(*s) for s in (square, vector, vector, square, vector))
     keys_values = torch.empty(2 * channels, channels)
     tune(SPACE, tokens, C=channels, heads=num_heads, window=window, direction="bwd")
     kernels.window_attention_pool_gradient(
         array(grad), tokens, corners.contiguous(), weights, num_heads, window, eps, list(kept), grad_x,
         [query, query_bias, *keys_values.chunk(2), values_bias, out, out_bias])
-    values_offset = folded.values_bias
-    del weights, folded  # what follows finds its memory there
+    del weights
     # From the folded matrices' gradients to those of what was folded, the large ones in place.
     q_weight, q_bias, kv_weight, kv_bias = (
         t.float() for t in (q_norm_weight, q_norm_bias, kv_norm_weight, kv_norm_bias))
