@@ -64,7 +64,7 @@ def stages(dtype: torch.dtype) -> list[Stage]:
               lambda: in_bands(lambda band: patches, w[1])),
         Stage("LSTE whole, first product from tokens", "local_encoding",
               TOKENS * (2 * C * R + 3 * R + 27 * C), 2 * TOKENS * C + 2 * C * R,
-              lambda: kernels.local_encoding(x, [first, w[2], *w[3:9]], R, y, [])),
+              lambda: kernels.local_encoding(x, [first, w[2], *w[3:9]], R, y)),
         Stage("- of that, its first product", "product", TOKENS * C * R, TOKENS * (C + R) + C * R,
               lambda: in_bands(lambda band: rows[band:band + BAND], first)),
         Stage("GSTRA, pooling", "attention_pool", 2 * TOKENS * HEADS * C, TOKENS * C,

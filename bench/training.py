@@ -65,7 +65,7 @@ def _step(module: nn.Module, run: Run) -> Run:
     def step(pixels: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
             gradients.zero_()
-            tokens = run(pixels.clone())
+            tokens = run(pixels.clone() if pixels.is_inference() else pixels)
             tokens.backward(_upstream(tokens.shape, tokens.dtype, tokens.device))
         return gradients
 

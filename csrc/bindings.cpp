@@ -117,22 +117,14 @@ panda::LocalEncodingWeights local_weights(panda::Dtype dtype, int64_t c, int64_t
           floats(w[5], {c})};
 }
 
-// weights: squeeze, its bias, then those of local_weights(); kept: nothing, or as in KeptEncoding.
-void local_encoding(const Tensor& x, const std::vector<Tensor>& weights, int64_t r, Tensor y,
-                    std::vector<Tensor> kept) {
+// weights: squeeze, its bias, then those of local_weights().
+void local_encoding(const Tensor& x, const std::vector<Tensor>& weights, int64_t r, Tensor y) {
   const panda::Dtype dtype = dtype_of(x);
   const auto [clips, t, h, w, c] = sizes<5>(x);
   const Tensor* all = list(weights, 8);
   STD_TORCH_CHECK(t > 0 && w > 0, "panda_kernels: expected tokens, got ", text(x.scalar_type(), x.sizes()));
-  panda::KeptEncoding keep{};
-  if (!kept.empty()) {
-    const Tensor* k = list(kept, 2);
-    keep = {static_cast<char*>(out(k[0], dtype, {clips, t, h, w, panda::panels(r) * panda::kPanel})),
-            static_cast<char*>(out(k[1], dtype, {clips, t, h, w, c}))};
-  }
   panda::local_encoding(dtype, clips, {t, h, w}, in(x, dtype, {clips, t, h, w, c}), packed(all[0], dtype, r, c),
-                        floats(all[1], {r}), local_weights(dtype, c, r, all + 2), out(y, dtype, {clips, t, h, w, c}),
-                        keep.x1 ? &keep : nullptr);
+                        floats(all[1], {r}), local_weights(dtype, c, r, all + 2), out(y, dtype, {clips, t, h, w, c}));
 }
 
 // z, or its gradient, is float32 [samples, n, c].
@@ -406,7 +398,7 @@ STABLE_TORCH_LIBRARY(panda_kernels_cpu, m) {
   m.def(
       "patch_embed_gradient(Tensor grad, Tensor pixels, Tensor? present, Tensor normalise, int patch, "
       "Tensor(a!) weight) -> ()");
-  m.def("local_encoding(Tensor x, Tensor[] weights, int r, Tensor(a!) y, Tensor(b!)[] kept) -> ()");
+  m.def("local_encoding(Tensor x, Tensor[] weights, int r, Tensor(a!) y) -> ()");
   m.def("attention_pool(Tensor x, Tensor queries, Tensor offsets, float eps, Tensor(a!) z) -> ()");
   m.def(
       "attention_pool_gradient(Tensor grad, Tensor x, Tensor queries, Tensor offsets, float eps, Tensor(a!) grad_x, "

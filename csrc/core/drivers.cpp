@@ -75,8 +75,7 @@ void patch_embed_gradient(Dtype dtype, const Pixels& pixels, int64_t frames, int
 }
 
 void local_encoding(Dtype dtype, int64_t clips, Grid grid, const void* x0, const void* squeeze,
-                    const float* squeeze_bias, const LocalEncodingWeights& weights, void* out,
-                    const KeptEncoding* kept) {
+                    const float* squeeze_bias, const LocalEncodingWeights& weights, void* out) {
   const int64_t band = rows_for(grid.frames * grid.w, 2), size = size_of(dtype), c = weights.c, r = weights.r;
   const int64_t row = grid.w * c * size;
   LocalEncoder encoder(dtype, grid, weights, band);
@@ -95,10 +94,6 @@ void local_encoding(Dtype dtype, int64_t clips, Grid grid, const void* x0, const
         product(dtype, g, tokens);
       }
       encoder.expand(i0, rows, residual.data());
-      if (kept) {
-        const int64_t before = clip * grid.frames * grid.h * grid.w * size;
-        encoder.keep(i0, rows, {kept->inner + before * panels(r) * kPanel, kept->x1 + before * c});
-      }
       const int64_t ready = encoder.ready(i0 + rows);
       std::vector<void*> to;
       for (int64_t i = done; i < ready; ++i)

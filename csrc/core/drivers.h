@@ -23,9 +23,8 @@ void patch_embed_gradient(Dtype, const Pixels&, int64_t frames, int64_t h, int64
                           float* weight);
 
 // x0, out [clips][frames][h][w][c]; `squeeze` packed [r, c].
-// `kept`, if there is one, is of the first clip, the others' behind it.
 void local_encoding(Dtype, int64_t clips, Grid, const void* x0, const void* squeeze, const float* squeeze_bias,
-                    const LocalEncodingWeights&, void* out, const KeptEncoding* kept = nullptr);
+                    const LocalEncodingWeights&, void* out);
 
 // Sample s pools tokens [offsets[s], offsets[s + 1]) of x by its n queries, `query_stride` floats apart from sample to
 // sample (0: shared); z is [samples][n][c] float.

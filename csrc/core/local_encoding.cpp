@@ -1,7 +1,6 @@
 #include "local_encoding.h"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "kernels.h"
@@ -40,22 +39,6 @@ void LocalEncoder::expand(int64_t i0, int64_t rows, const void* const* x0) {
     g.a = static_cast<const char*>(g.a) + tokens * depth_ * size_of(dtype_);
     g.c = static_cast<char*>(g.c) + frame_bytes;
   }
-}
-
-void LocalEncoder::keep(int64_t i0, int64_t rows, const KeptEncoding& kept) const {
-  const int64_t w = grid_.w, size = size_of(dtype_), inner = weights_.r * size, row = w * weights_.c * size;
-  const int64_t padded = panels(weights_.r) * kPanel * size;
-  parallel_for(grid_.frames * rows, [&](int64_t first, int64_t last) {
-    for (int64_t item = first; item < last; ++item) {
-      const int64_t frame = item / rows, i = i0 + item % rows, to = frame * grid_.h + i;
-      for (int64_t j = 0; j < w; ++j) {
-        char* token = kept.inner + (to * w + j) * padded;
-        std::memcpy(token, hidden_.data() + (item * w + j) * inner, inner);
-        std::memset(token + inner, 0, padded - inner);
-      }
-      std::memcpy(kept.x1 + to * row, x1_.row(frame, i), row);
-    }
-  });
 }
 
 void LocalEncoder::convolve(int64_t i0, int64_t i1, void* const* out) {

@@ -18,12 +18,6 @@ struct LocalEncodingWeights {
   const float* position_bias;  // [c]
 };
 
-// What a gradient needs of the forward beside its input: the bottleneck [frames][h][w][r up to whole panels], zeros in
-// the rest, and the tokens that the 3x3x3 convolution takes, [frames][h][w][c]. Of one clip.
-struct KeptEncoding {
-  char *inner, *x1;
-};
-
 // One clip, bands of `band` rows in order, each: fill hidden(), expand(), convolve().
 class LocalEncoder {
  public:
@@ -34,9 +28,6 @@ class LocalEncoder {
 
   // Rows [i0, i0 + rows); x0[frame] are these rows of the residual, contiguous in each frame.
   void expand(int64_t i0, int64_t rows, const void* const* x0);
-
-  // After expand() of these rows.
-  void keep(int64_t i0, int64_t rows, const KeptEncoding& kept) const;
 
   // The first row that still lacks a neighbour below once rows up to `expanded` are in.
   int64_t ready(int64_t expanded) const { return expanded == grid_.h ? expanded : expanded - 1; }

@@ -2,11 +2,10 @@
 
 #include <cstddef>
 #include <cstdlib>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <new>
-#include <utility>
-#include <vector>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -16,54 +15,62 @@ namespace panda {
 
 namespace {
 
-constexpr size_t kPage = 4096;
-constexpr size_t kWaiting = 32;  // blocks: a training step of the tower takes as many at a time
+constexpr size_t kUnit = size_t(2) << 20;     // a large page, which no two blocks share
+constexpr size_t kRegion = size_t(16) << 30;  // addresses asked for at a time; only what is written takes memory
 
-void* fresh(size_t bytes) {
 #ifdef __linux__
-  void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (data == MAP_FAILED) throw std::bad_alloc();
+// Null if there is none.
+char* reserve(size_t bytes) {
+  void* data = mmap(nullptr, bytes + kUnit, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (data == MAP_FAILED) return nullptr;
 #ifdef MADV_HUGEPAGE
-  madvise(data, bytes, MADV_HUGEPAGE);
+  madvise(data, bytes + kUnit, MADV_HUGEPAGE);
 #endif
+  return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(data) + kUnit - 1) / kUnit * kUnit);
+}
 #else
-  void* data = std::aligned_alloc(kPage, bytes);
-  if (!data) throw std::bad_alloc();
+char* reserve(size_t bytes) { return static_cast<char*>(std::aligned_alloc(kUnit, bytes)); }
 #endif
-  return data;
-}
 
-void release(void* data, [[maybe_unused]] size_t bytes) {
-#ifdef __linux__
-  munmap(data, bytes);
-#else
-  std::free(data);
-#endif
-}
-
-void lend_to_system([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
-#ifdef MADV_FREE
-  madvise(data, bytes, MADV_FREE);
-#endif
-}
-
+// Free blocks and taken ones by address. A block is cut from the first that is large enough, and joins its neighbours
+// when it is given back, so that what is taken stays together at the low addresses.
 struct Pages {
   std::mutex mutex;
-  std::map<void*, size_t> taken;
-  std::vector<std::pair<void*, size_t>> waiting;  // the oldest first
+  std::map<char*, size_t> free, taken;
 
-  // The smallest waiting block that is large enough, unless a quarter of it would lie idle.
-  void* again(size_t bytes) {
-    auto best = waiting.end();
-    for (auto block = waiting.begin(); block != waiting.end(); ++block)
-      if (block->second >= bytes && block->second / 4 * 3 < bytes &&
-          (best == waiting.end() || block->second < best->second))
-        best = block;
-    if (best == waiting.end()) return nullptr;
-    const auto [data, size] = *best;
-    waiting.erase(best);
-    taken[data] = size;
-    return data;
+  char* cut(size_t bytes) {
+    for (auto block = free.begin(); block != free.end(); ++block) {
+      const auto [data, size] = *block;
+      if (size < bytes) continue;
+      free.erase(block);
+      if (size > bytes) free[data + bytes] = size - bytes;
+      taken[data] = bytes;
+      return data;
+    }
+    return nullptr;
+  }
+
+  void join(char* data, size_t bytes) {
+    auto block = free.emplace(data, bytes).first;
+    const auto next = std::next(block);
+    if (next != free.end() && data + bytes == next->first) {
+      block->second += next->second;
+      free.erase(next);
+    }
+    if (block == free.begin()) return;
+    const auto before = std::prev(block);
+    if (before->first + before->second != data) return;
+    before->second += block->second;
+    free.erase(block);
+  }
+
+  void grow(size_t bytes) {
+    const size_t most = bytes > kRegion ? bytes : kRegion;
+    char* data = reserve(most);
+    const size_t got = data ? most : bytes;
+    if (!data) data = reserve(bytes);
+    if (!data) throw std::bad_alloc();
+    join(data, got);
   }
 };
 
@@ -76,33 +83,25 @@ Pages& pages() {
 }  // namespace
 
 void* take_pages(int64_t count) {
-  const size_t bytes = (size_t(count) + kPage - 1) / kPage * kPage;
+  const size_t bytes = (size_t(count) + kUnit - 1) / kUnit * kUnit;
   Pages& all = pages();
-  {
-    const std::lock_guard<std::mutex> lock(all.mutex);
-    if (void* data = all.again(bytes)) return data;
-  }
-  void* data = fresh(bytes);
   const std::lock_guard<std::mutex> lock(all.mutex);
-  all.taken[data] = bytes;
-  return data;
+  char* data = all.cut(bytes);
+  if (data) return data;
+  all.grow(bytes);
+  return all.cut(bytes);
 }
 
 void give_pages(void* data) {
   Pages& all = pages();
-  std::pair<void*, size_t> oldest{};
-  {
-    const std::lock_guard<std::mutex> lock(all.mutex);
-    const auto found = all.taken.find(data);
-    lend_to_system(data, found->second);
-    all.waiting.push_back(*found);
-    all.taken.erase(found);
-    if (all.waiting.size() > kWaiting) {
-      oldest = all.waiting.front();
-      all.waiting.erase(all.waiting.begin());
-    }
-  }
-  if (oldest.first) release(oldest.first, oldest.second);
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  const auto found = all.taken.find(static_cast<char*>(data));
+  const auto [block, bytes] = *found;
+  all.taken.erase(found);
+#ifdef MADV_FREE
+  madvise(block, bytes, MADV_FREE);
+#endif
+  all.join(block, bytes);
 }
 
 }  // namespace panda

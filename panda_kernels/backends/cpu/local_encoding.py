@@ -44,24 +44,29 @@ def streamed_weights(dtype: torch.dtype, wt: Tensor, bt: Tensor, w2: Tensor, b2:
 
 def fwd(x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tensor, wt: Tensor, bt: Tensor, w2: Tensor,
         b2: Tensor, wd: Tensor, bd: Tensor) -> Tensor:
-    return _encode(array(x), norm_scale, norm_shift, w1, b1, wt, bt, w2, b2, wd, bd, kept=[]).to(x.dtype)
-
-
-def keep(x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, *others: Tensor) -> tuple[Tensor, list[Tensor]]:
+    dtype = compute_dtype(x.dtype)
     tokens = array(x)
-    kept = [result(*x.shape[:-1], len(w1) + -len(w1) % PANEL, dtype=tokens.dtype), result_like(tokens)]
-    return _encode(tokens, norm_scale, norm_shift, w1, *others, kept=kept).to(x.dtype), kept
-
-
-def _encode(tokens: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tensor, wt: Tensor, bt: Tensor,
-            w2: Tensor, b2: Tensor, wd: Tensor, bd: Tensor, *, kept: list[Tensor]) -> Tensor:
-    """``kept`` receives the bottleneck and x1, unless it is empty."""
-    dtype, y = tokens.dtype, result_like(tokens)
+    y = result_like(tokens)
     weight, bias = fold_norm(norm_scale, norm_shift, w1)
     weights = [pack(weight, dtype), bias + b1.float(), *streamed_weights(dtype, wt, bt, w2, b2, wd, bd)]
     tune(SPACE, tokens, C=w1.shape[1], R=w1.shape[0], direction="fwd")
-    kernels.local_encoding(tokens, weights, w1.shape[0], y, kept)
-    return y
+    kernels.local_encoding(tokens, weights, w1.shape[0], y)
+    return y.to(x.dtype)
+
+
+def keep(x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tensor, wt: Tensor, bt: Tensor, w2: Tensor,
+         b2: Tensor, wd: Tensor, bd: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The same bits, not streamed: the bottleneck and x1 are kept whole."""
+    tokens = array(x)
+    tune(SPACE, tokens, C=w1.shape[1], R=w1.shape[0], direction="fwd")
+    down_up = _DownUp.of(tokens.dtype, _pad(norm_scale, norm_shift, w1, b1, wt, bt, w2), b2)
+    kept, y = [down_up.room(tokens), result_like(tokens)], result_like(tokens)
+    position, offset = tap_rows(wd, residual=True), floats(bd)
+    for i in range(len(tokens)):
+        clip, inner, x1, y_clip = (t[i:i + 1] for t in (tokens, *kept, y))
+        down_up(clip, inner, x1)
+        convolve(x1, position, offset, POSITION, out=y_clip)
+    return y.to(x.dtype), kept
 
 
 class _Padded(NamedTuple):
@@ -86,12 +91,27 @@ def _pad(norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tensor, wt: Ten
                    F.pad(w2, (0, more)))
 
 
-def _recomputed(x: Tensor, padded: _Padded, squeeze: Tensor, expand: Tensor, b2: Tensor) -> list[Tensor]:
-    """The bottleneck and x1 of one clip, by packed weights."""
-    rows, width = _rows(x), len(padded.squeeze_bias)
-    inner = product(rows, squeeze, width, bias=padded.squeeze_bias).view(*x.shape[:-1], width)
-    mixed = _rows(padded.over_time(inner))
-    return [inner, product(mixed, expand, x.shape[-1], bias=b2, residual=rows).view(x.shape)]
+class _DownUp(NamedTuple):
+    """From the tokens of one clip to the bottleneck and x1."""
+
+    padded: _Padded
+    squeeze: Tensor
+    expand: Tensor
+    expand_bias: Tensor
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, padded: _Padded, b2: Tensor) -> _DownUp:
+        return cls(padded, pack(padded.squeeze, dtype), pack(padded.expand, dtype), floats(b2))
+
+    def room(self, tokens: Tensor) -> Tensor:
+        """For the bottleneck of ``tokens``."""
+        return result(*tokens.shape[:-1], len(self.padded.squeeze_bias), dtype=tokens.dtype)
+
+    def __call__(self, x: Tensor, inner: Tensor, x1: Tensor) -> None:
+        rows, width, channels = _rows(x), inner.shape[-1], x.shape[-1]
+        product(rows, self.squeeze, width, bias=self.padded.squeeze_bias, out=_rows(inner))
+        mixed = _rows(self.padded.over_time(inner))
+        product(mixed, self.expand, channels, bias=self.expand_bias, residual=rows, out=_rows(x1))
 
 
 class _Return(NamedTuple):
@@ -136,11 +156,14 @@ def bwd(grad: Tensor, x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Ten
     padded = _pad(norm_scale, norm_shift, w1, b1, wt, bt, w2)
     back = _Return(pack(padded.squeeze, dtype, transposed=True), padded.time.flip(0),
                    pack(padded.expand, dtype, transposed=True), tap_rows(wd.flip(2, 3, 4), residual=True))
-    again = () if kept else (pack(padded.squeeze, dtype), pack(padded.expand, dtype), floats(b2))
+    again = None if kept else _DownUp.of(dtype, padded, b2)
     grad_x, sums = result_like(tokens), list[tuple[Tensor, Tensor]]()
     for i in range(len(tokens)):
         grad_clip, clip, grad_x_clip, *held = (t[i:i + 1] for t in (grads, tokens, grad_x, *kept))
-        sums = _clip_bwd(grad_clip, clip, held or _recomputed(clip, padded, *again), padded, back, sums, grad_x_clip)
+        if again is not None:
+            held = [again.room(clip), result_like(clip)]
+            again(clip, *held)
+        sums = _clip_bwd(grad_clip, clip, held, padded, back, sums, grad_x_clip)
     (squeeze, e), (expand, grad_b2), (time, time_bias), (position, grad_bd) = sums
     reduced, precise = len(w1), w1.float()
     squeeze, e = squeeze[:reduced], e[:reduced]
