@@ -15,7 +15,7 @@ namespace panda {
 
 namespace {
 
-constexpr size_t kUnit = size_t(2) << 20;     // a large page, which no two blocks share
+constexpr size_t kUnit = size_t(1) << 16;
 constexpr size_t kRegion = size_t(16) << 30;  // addresses asked for at a time; only what is written takes memory
 
 #ifdef __linux__
@@ -23,9 +23,6 @@ constexpr size_t kRegion = size_t(16) << 30;  // addresses asked for at a time; 
 char* reserve(size_t bytes) {
   void* data = mmap(nullptr, bytes + kUnit, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (data == MAP_FAILED) return nullptr;
-#ifdef MADV_HUGEPAGE
-  madvise(data, bytes + kUnit, MADV_HUGEPAGE);
-#endif
   return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(data) + kUnit - 1) / kUnit * kUnit);
 }
 #else

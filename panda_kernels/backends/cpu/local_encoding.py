@@ -54,64 +54,56 @@ def fwd(x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tenso
     return y.to(x.dtype)
 
 
-def keep(x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tensor, wt: Tensor, bt: Tensor, w2: Tensor,
-         b2: Tensor, wd: Tensor, bd: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The same bits, not streamed: the bottleneck and x1 are kept whole."""
-    tokens = array(x)
-    tune(SPACE, tokens, C=w1.shape[1], R=w1.shape[0], direction="fwd")
-    down_up = _DownUp.of(tokens.dtype, _pad(norm_scale, norm_shift, w1, b1, wt, bt, w2), b2)
-    kept, y = [down_up.room(tokens), result_like(tokens)], result_like(tokens)
-    position, offset = tap_rows(wd, residual=True), floats(bd)
-    for i in range(len(tokens)):
-        clip, inner, x1, y_clip = (t[i:i + 1] for t in (tokens, *kept, y))
-        down_up(clip, inner, x1)
-        convolve(x1, position, offset, POSITION, out=y_clip)
-    return y.to(x.dtype), kept
-
-
-class _Padded(NamedTuple):
-    """The bottleneck's parameters with the norm in them, widened to whole panels by channels of zeros."""
+class _Bottleneck(NamedTuple):
+    """From the tokens of a clip ``[1, T, h, w, C]`` to x1, the norm in the weights, which are widened to whole panels by
+    channels of zeros."""
 
     squeeze: Tensor
     squeeze_bias: Tensor
     time: Tensor
     time_bias: Tensor
     expand: Tensor
-
-    def over_time(self, inner: Tensor) -> Tensor:
-        return convolve(inner, self.time, self.time_bias, OVER_TIME)
-
-
-def _pad(norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tensor, wt: Tensor, bt: Tensor,
-         w2: Tensor) -> _Padded:
-    more = -len(w1) % PANEL
-    weight, bias = fold_norm(norm_scale, norm_shift, w1)
-    return _Padded(F.pad(weight, (0, 0, 0, more)), F.pad(bias + b1.float(), (0, more)),
-                   F.pad(wt.float(), (0, 0, 0, more)).T.contiguous(), F.pad(floats(bt), (0, more)),
-                   F.pad(w2, (0, more)))
-
-
-class _DownUp(NamedTuple):
-    """From the tokens of one clip to the bottleneck and x1."""
-
-    padded: _Padded
-    squeeze: Tensor
-    expand: Tensor
     expand_bias: Tensor
 
-    @classmethod
-    def of(cls, dtype: torch.dtype, padded: _Padded, b2: Tensor) -> _DownUp:
-        return cls(padded, pack(padded.squeeze, dtype), pack(padded.expand, dtype), floats(b2))
+    def room(self, x: Tensor) -> Tensor:
+        return result(*x.shape[:-1], len(self.squeeze_bias), dtype=x.dtype)
 
-    def room(self, tokens: Tensor) -> Tensor:
-        """For the bottleneck of ``tokens``."""
-        return result(*tokens.shape[:-1], len(self.padded.squeeze_bias), dtype=tokens.dtype)
+    def down(self, x: Tensor, inner: Tensor) -> None:
+        packed = pack(self.squeeze, x.dtype)
+        product(_rows(x), packed, inner.shape[-1], bias=self.squeeze_bias, out=_rows(inner))
 
-    def __call__(self, x: Tensor, inner: Tensor, x1: Tensor) -> None:
-        rows, width, channels = _rows(x), inner.shape[-1], x.shape[-1]
-        product(rows, self.squeeze, width, bias=self.padded.squeeze_bias, out=_rows(inner))
-        mixed = _rows(self.padded.over_time(inner))
-        product(mixed, self.expand, channels, bias=self.expand_bias, residual=rows, out=_rows(x1))
+    def mix(self, inner: Tensor) -> Tensor:
+        return convolve(inner, self.time, self.time_bias, OVER_TIME)
+
+    def up(self, mixed: Tensor, x: Tensor) -> Tensor:
+        packed = pack(self.expand, x.dtype)
+        return product(_rows(mixed), packed, x.shape[-1], bias=self.expand_bias, residual=_rows(x)).view(x.shape)
+
+
+def _bottleneck(norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tensor, wt: Tensor, bt: Tensor, w2: Tensor,
+                b2: Tensor) -> _Bottleneck:
+    more = -len(w1) % PANEL
+    weight, bias = fold_norm(norm_scale, norm_shift, w1)
+    return _Bottleneck(F.pad(weight, (0, 0, 0, more)), F.pad(bias + b1.float(), (0, more)),
+                       F.pad(wt.float(), (0, 0, 0, more)).T.contiguous(), F.pad(floats(bt), (0, more)),
+                       F.pad(w2, (0, more)), floats(b2))
+
+
+def _rows(grid: Tensor) -> Tensor:
+    return grid.view(-1, grid.shape[-1])
+
+
+def keep(x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tensor, wt: Tensor, bt: Tensor, w2: Tensor,
+         b2: Tensor, wd: Tensor, bd: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The same bits, the bottleneck of all tokens kept: clip by clip, whose x1 is whole."""
+    tokens = array(x)
+    tune(SPACE, tokens, C=w1.shape[1], R=w1.shape[0], direction="fwd")
+    part = _bottleneck(norm_scale, norm_shift, w1, b1, wt, bt, w2, b2)
+    y, inner, taps, offset = result_like(tokens), part.room(tokens), tap_rows(wd, residual=True), floats(bd)
+    for clip, inner_clip, y_clip in zip(tokens.split(1), inner.split(1), y.split(1), strict=True):
+        part.down(clip, inner_clip)
+        convolve(part.up(part.mix(inner_clip), clip), taps, offset, POSITION, out=y_clip)
+    return y.to(x.dtype), [inner]
 
 
 class _Return(NamedTuple):
@@ -123,18 +115,19 @@ class _Return(NamedTuple):
     position: Tensor
 
 
-def _clip_bwd(grad: Tensor, x: Tensor, kept: list[Tensor], padded: _Padded, back: _Return,
+def _clip_bwd(grad: Tensor, x: Tensor, inner: Tensor, part: _Bottleneck, back: _Return,
               sums: list[tuple[Tensor, Tensor]], grad_x: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Writes ``grad_x`` of one clip ``[1, T, h, w, C]``, whose bottleneck and x1 ``kept`` is left without; adds to the
-    sums of both products' gradients, and of both convolutions'."""
-    position = gradient(kept.pop(), grad, POSITION)
-    inner = kept.pop()
+    """Writes ``grad_x`` of one clip ``[1, T, h, w, C]``; adds to the sums of both products' gradients, and of both
+    convolutions'."""
+    mixed = part.mix(inner)
+    position = gradient(part.up(mixed, x), grad, POSITION)
     grad_x1 = _rows(convolve(grad, back.position, None, POSITION, out=grad_x))
-    expand = weight_gradient(grad_x1, _rows(padded.over_time(inner)), sums[1] if sums else None)
+    expand = weight_gradient(grad_x1, _rows(mixed), sums[1] if sums else None)
+    del mixed
     grad_mixed = product(grad_x1, back.expand, inner.shape[-1]).view(inner.shape)
     time = gradient(inner, grad_mixed, OVER_TIME)
     grad_inner = _rows(convolve(grad_mixed, back.time, None, OVER_TIME))
-    del inner, grad_mixed
+    del grad_mixed
     product(grad_inner, back.squeeze, x.shape[-1], residual=grad_x1, out=grad_x1)
     squeeze = weight_gradient(grad_inner, _rows(x), sums[0] if sums else None)
     for new, old in zip((time, position), sums[2:], strict=False):
@@ -143,27 +136,22 @@ def _clip_bwd(grad: Tensor, x: Tensor, kept: list[Tensor], padded: _Padded, back
     return [squeeze, expand, time, position]
 
 
-def _rows(grid: Tensor) -> Tensor:
-    return grid.view(-1, grid.shape[-1])
-
-
 def bwd(grad: Tensor, x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tensor, wt: Tensor,
         bt: Tensor, w2: Tensor, b2: Tensor, wd: Tensor, bd: Tensor, *, needs: list[bool],
         kept: Sequence[Tensor] = ()) -> list[Tensor | None]:
     """Clip by clip, so that the intermediates of one exist at a time."""
     dtype, tokens, grads = compute_dtype(x.dtype), array(x), array(grad)
     tune(SPACE, tokens, C=w1.shape[1], R=w1.shape[0], direction="bwd")
-    padded = _pad(norm_scale, norm_shift, w1, b1, wt, bt, w2)
-    back = _Return(pack(padded.squeeze, dtype, transposed=True), padded.time.flip(0),
-                   pack(padded.expand, dtype, transposed=True), tap_rows(wd.flip(2, 3, 4), residual=True))
-    again = None if kept else _DownUp.of(dtype, padded, b2)
+    part = _bottleneck(norm_scale, norm_shift, w1, b1, wt, bt, w2, b2)
+    back = _Return(pack(part.squeeze, dtype, transposed=True), part.time.flip(0),
+                   pack(part.expand, dtype, transposed=True), tap_rows(wd.flip(2, 3, 4), residual=True))
     grad_x, sums = result_like(tokens), list[tuple[Tensor, Tensor]]()
     for i in range(len(tokens)):
-        grad_clip, clip, grad_x_clip, *held = (t[i:i + 1] for t in (grads, tokens, grad_x, *kept))
-        if again is not None:
-            held = [again.room(clip), result_like(clip)]
-            again(clip, *held)
-        sums = _clip_bwd(grad_clip, clip, held, padded, back, sums, grad_x_clip)
+        grad_clip, clip, grad_x_clip, *inner = (t[i:i + 1] for t in (grads, tokens, grad_x, *kept))
+        if not kept:
+            inner = [part.room(clip)]
+            part.down(clip, *inner)
+        sums = _clip_bwd(grad_clip, clip, *inner, part, back, sums, grad_x_clip)
     (squeeze, e), (expand, grad_b2), (time, time_bias), (position, grad_bd) = sums
     reduced, precise = len(w1), w1.float()
     squeeze, e = squeeze[:reduced], e[:reduced]
