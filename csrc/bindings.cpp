@@ -20,17 +20,28 @@
 
 namespace {
 
-// Uninitialised, float32, bfloat16 or bytes, in memory that earlier results have left.
+int64_t bytes_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return 4;
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return 2;
+    case ScalarType::Byte:
+      return 1;
+    default:
+      STD_TORCH_CHECK(false, "panda_kernels: no results of type ", torch::headeronly::toString(type));
+  }
+}
+
+// Uninitialised, in memory that earlier results have left.
 Tensor result(std::vector<int64_t> sizes, ScalarType type) {
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Byte,
-                  "panda_kernels: no results of type ", torch::headeronly::toString(type));
+  constexpr int64_t kMost = int64_t(1) << 46;
+  const int64_t element = bytes_of(type);
   std::vector<int64_t> strides(sizes.size());
-  int64_t bytes = type == ScalarType::Byte
-                      ? 1
-                      : panda::size_of(type == ScalarType::Float ? panda::Dtype::float32 : panda::Dtype::bfloat16);
-  const int64_t element = bytes;
+  int64_t bytes = element;
   for (size_t i = sizes.size(); i-- > 0; bytes *= sizes[i]) {
-    STD_TORCH_CHECK(sizes[i] > 0, "panda_kernels: expected sizes of at least 1, got ", sizes[i]);
+    STD_TORCH_CHECK(sizes[i] > 0 && sizes[i] <= kMost / bytes, "panda_kernels: no result has a side of ", sizes[i]);
     strides[i] = bytes / element;
   }
   return torch::stable::from_blob(panda::take_pages(bytes), sizes, strides,

@@ -57,7 +57,7 @@ def window_pool_arguments() -> Arguments:
     weights = [packed(16, 16), torch.zeros(16), packed(2, 8, 16, transposed=True), packed(2, 8, 16), packed(16, 16),
                torch.zeros(16)]
     return {"x": torch.zeros(2, 4, 6, 16), "corners": rectangles(1, 4, 2, 6), "weights": weights, "heads": 2,
-            "window": 2, "eps": 1e-5, "y": torch.empty(8, 16)}
+            "window": 2, "eps": 1e-5, "y": torch.empty(8, 16), "kept": []}
 
 
 def assemble_arguments() -> Arguments:
@@ -108,12 +108,18 @@ def pool_gradient_arguments() -> Arguments:
 
 
 def window_pool_gradient_arguments() -> Arguments:
+    """Nothing kept: the last three weights are those of what is computed again."""
     arguments = window_pool_arguments()
     del arguments["y"]
-    back = [packed(16, 16), packed(2, 8, 16), packed(2, 8, 16, transposed=True), packed(16, 16)]
+    weights = [packed(2, 8, 16, transposed=True), packed(16, 16), packed(2, 8, 16), packed(2, 8, 16, transposed=True),
+               packed(16, 16), packed(16, 16), torch.zeros(16), packed(2, 8, 16)]
     sums = [torch.empty(16, *more) for more in ((16,), (), (16,), (16,), (), (16,), ())]
-    return arguments | {"grad": torch.zeros(8, 16), "weights": arguments["weights"] + back,
-                        "grad_x": torch.empty(2, 4, 6, 16), "sums": sums}
+    return arguments | {"grad": torch.zeros(8, 16), "weights": weights, "grad_x": torch.empty(2, 4, 6, 16),
+                        "sums": sums}
+
+
+def kept_windows() -> list[Tensor]:
+    return [torch.zeros(8, 16), torch.zeros(8, 16)]
 
 
 def product_arguments() -> Arguments:
@@ -160,6 +166,11 @@ PIXELS: list[Arguments] = [
     {"pixels": torch.zeros(2, 3, 16, 24)}, {"pixels": torch.zeros(1, 0, 3, 16, 24)}, {"patch": 0}, {"patch": -4},
     {"patch": 5}, {"patch": 2**32 + 4}, {"normalise": torch.zeros(5)}, {"present": torch.ones(1, 1, dtype=torch.bool)},
     {"present": torch.ones(1, 2)}]
+
+
+NOT_KEPT = [[torch.zeros(8, 16)], kept_windows() + kept_windows()[:1], [torch.zeros(8, 16), torch.zeros(7, 16)],
+            [torch.zeros(8, 17), torch.zeros(8, 16)], [torch.zeros(8, 16), torch.zeros(8, 16).bfloat16()],
+            [torch.zeros(16, 8).T, torch.zeros(8, 16)]]
 
 
 def each(name: str, *values: Any) -> list[Arguments]:
@@ -218,7 +229,7 @@ WRONG: dict[str, list[Arguments]] = {
         *each("z", torch.empty(2, 4, 16), torch.empty(1, 3, 16), torch.empty(2, 3, 16).bfloat16(), torch.empty(6, 16))],
     "window_attention_pool": [
         *damaged("window_attention_pool"), *each("corners", *OUTSIDE), *each("heads", 0, -2, 3, 4),
-        *each("window", 0, -2, 1, 3),
+        *each("window", 0, -2, 1, 3), *each("kept", *NOT_KEPT),
         *each("y", torch.empty(7, 16), torch.empty(9, 16), torch.empty(8, 15), torch.empty(8, 16).bfloat16()),
         *each("x", torch.zeros(2, 4, 6, 16).transpose(1, 2), torch.zeros(2, 4, 6, 17), torch.zeros(4, 6, 16))],
     "assemble_tokens": [
@@ -266,6 +277,8 @@ WRONG: dict[str, list[Arguments]] = {
         *each("grad_queries", torch.empty(2, 16), torch.empty(2, 3, 16), torch.empty(3, 16).bfloat16())],
     "window_attention_pool_gradient": [
         *damaged("window_attention_pool_gradient"), *damaged("window_attention_pool_gradient", "sums"),
+        *({"kept": kept, "weights": window_pool_gradient_arguments()["weights"][:5]} for kept in NOT_KEPT[1:]),
+        {"kept": kept_windows()}, {"weights": window_pool_gradient_arguments()["weights"][:5]},
         *each("corners", *OUTSIDE), *each("heads", 0, -2, 3, 4), *each("window", 0, -2, 1, 3),
         *each("grad", torch.zeros(7, 16), torch.zeros(9, 16), torch.zeros(8, 16).bfloat16()),
         *each("grad_x", torch.empty(1, 4, 6, 16), torch.empty(2, 4, 6, 16).bfloat16()),
@@ -304,6 +317,20 @@ def test_takes_images_without_what_clips_need() -> None:
     KERNELS.stab_tower(**image_arguments())
     KERNELS.depthwise_conv3d(**depthwise_arguments() | {"bias": None})
     KERNELS.product(**product_arguments() | {"bias": None, "residual": None})
+
+
+def test_takes_what_is_kept_and_then_no_weights_to_compute_it_again() -> None:
+    KERNELS.window_attention_pool(**window_pool_arguments() | {"kept": kept_windows()})
+    arguments = window_pool_gradient_arguments()
+    KERNELS.window_attention_pool_gradient(**arguments | {"weights": arguments["weights"][:5], "kept": kept_windows()})
+
+
+@pytest.mark.parametrize(("sizes", "dtype"), [
+    ((0,), torch.float32), ((2, -1), torch.float32), ((2**40, 2**40), torch.uint8), ((2**45,), torch.float32),
+    ((4,), torch.float64), ((4,), torch.int64)])
+def test_refuses_to_give_such_results(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    with pytest.raises(RuntimeError, match="panda_kernels: no result"):
+        KERNELS.result(sizes, dtype)
 
 
 @pytest.mark.parametrize(("op", "wrong"), [pytest.param(op, wrong, id=f"{op}-{i}-{'-'.join(wrong)}")

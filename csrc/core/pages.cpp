@@ -16,16 +16,18 @@ namespace panda {
 namespace {
 
 constexpr size_t kUnit = size_t(1) << 16;
-constexpr size_t kRegion = size_t(16) << 30;  // addresses asked for at a time; only what is written takes memory
 
 #ifdef __linux__
+constexpr size_t kRegion = size_t(16) << 30;  // addresses asked for at a time; only what is written takes memory
+
 // Null if there is none.
 char* reserve(size_t bytes) {
-  void* data = mmap(nullptr, bytes + kUnit, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (data == MAP_FAILED) return nullptr;
-  return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(data) + kUnit - 1) / kUnit * kUnit);
+  void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  return data == MAP_FAILED ? nullptr : static_cast<char*>(data);
 }
 #else
+constexpr size_t kRegion = 0;
+
 char* reserve(size_t bytes) { return static_cast<char*>(std::aligned_alloc(kUnit, bytes)); }
 #endif
 

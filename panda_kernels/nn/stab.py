@@ -12,7 +12,7 @@ from ..checks import Checks
 from ..ops._rectangle_values import check_corners
 from ..rectangles import Rectangles
 from . import lste_fp8
-from .dense_connection import dense
+from .dense_connection import dense_connection
 from .folding import Folded, can_fold, can_serve
 from .fsra import FSRA
 from .gstra import GSTRA
@@ -230,7 +230,7 @@ class STAB(nn.Module, fp8.HasProducts):
                 x2 = lste_fp8.encode(x3, folded.encoding, backend=self.backend)
             else:
                 x2 = encode(x3, self.lmhra1, self.dpe, affine=folded.norm, backend=self.backend)
-            x2, x3 = dense(x2, x3, self.backend)
+            x2, x3 = dense_connection(x2, x3, backend=self.backend)
             g = self.dec(self.temporal_cls_token, x2.flatten(1, 3), folded=folded.gstra)
         y = self.local_attention(x3.flatten(0, 1), rectangles)
         f = self.global_attention(self.class_embedding, y, rectangles.cu_windows(self.window), folded=folded.fsra)

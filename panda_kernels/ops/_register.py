@@ -111,14 +111,17 @@ def _keeper(op: str, backend: str, inputs: Sequence[Any]) -> ModuleType | None:
     """The module that serves this call and keeps something for the gradient, if one is wanted and nothing traced."""
     tensors = _tensors(inputs)
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if not wanted or backend not in ("auto", *backends.NAMES):
-        return None
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() or torch._C._functorch.peek_interpreter_stack():
-        return None
-    if not all(type(t) in (Tensor, nn.Parameter) for t in tensors):
+    if not wanted or not is_eager(*tensors) or backend not in ("auto", *backends.NAMES):
         return None
     module = backends.first(op, "fwd", backend, inputs)
     return module if hasattr(module, "keep") else None
+
+
+def is_eager(*tensors: Tensor) -> bool:
+    """Whether a call computes, on plain tensors: nothing is being compiled, traced or transformed."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() or torch._C._functorch.peek_interpreter_stack():
+        return False
+    return all(type(t) in (Tensor, nn.Parameter) for t in tensors)
 
 
 def _save(ctx: Any, args: Sequence[Any], kept: Iterable[Tensor] = ()) -> None:

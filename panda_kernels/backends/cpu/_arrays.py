@@ -22,7 +22,7 @@ def array(x: Tensor) -> Tensor:
 
 
 def result(*sizes: int, dtype: torch.dtype) -> Tensor:
-    """What is not a parameter's: uninitialised, large ones in memory that earlier ones have left (csrc/core/pages.h)."""
+    """Uninitialised; a large one in memory that earlier ones have left (csrc/core/pages.h)."""
     if math.prod(sizes) * dtype.itemsize < LARGE:
         return torch.empty(*sizes, dtype=dtype)
     return kernels.result(sizes, dtype)
@@ -46,6 +46,11 @@ def precise_product(weight: Tensor, x: Tensor) -> Tensor:
     to the system."""
     wide = x.double()
     return torch.cat([(rows.double() @ wide).float() for rows in weight.split(128)])
+
+
+def column_products(x: Tensor, y: Tensor) -> Tensor:
+    """``(x * y).sum(0)``, a few rows at a time."""
+    return torch.stack([(a * b).sum(0) for a, b in zip(x.split(128), y.split(128), strict=True)]).sum(0)
 
 
 def pack(weight: Tensor, dtype: torch.dtype, *, transposed: bool = False) -> Tensor:

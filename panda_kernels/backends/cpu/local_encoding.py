@@ -1,6 +1,6 @@
 """LSTE streamed by bands of image rows (csrc/core/local_encoding.cpp), BatchNorm folded into the first product.
 
-The gradient recomputes the bottleneck and x1, or has them kept by the forward (docs/numerics.md).
+The gradient recomputes x1, and the bottleneck if the forward has not kept it (docs/numerics.md).
 """
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from . import refusals  # noqa: F401
 from ._arrays import (
     PANEL,
     array,
+    column_products,
     compute_dtype,
     floats,
     fold_norm,
     kernels,
     pack,
+    precise_product,
     product,
     result,
     result_like,
@@ -55,8 +57,8 @@ def fwd(x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tenso
 
 
 class _Bottleneck(NamedTuple):
-    """From the tokens of a clip ``[1, T, h, w, C]`` to x1, the norm in the weights, which are widened to whole panels by
-    channels of zeros."""
+    """From the tokens of a clip ``[1, T, h, w, C]`` to x1, the norm in its weights; channels of zeros fill the last
+    panel."""
 
     squeeze: Tensor
     squeeze_bias: Tensor
@@ -68,9 +70,10 @@ class _Bottleneck(NamedTuple):
     def room(self, x: Tensor) -> Tensor:
         return result(*x.shape[:-1], len(self.squeeze_bias), dtype=x.dtype)
 
-    def down(self, x: Tensor, inner: Tensor) -> None:
+    def down(self, x: Tensor, inner: Tensor) -> Tensor:
         packed = pack(self.squeeze, x.dtype)
         product(_rows(x), packed, inner.shape[-1], bias=self.squeeze_bias, out=_rows(inner))
+        return inner
 
     def mix(self, inner: Tensor) -> Tensor:
         return convolve(inner, self.time, self.time_bias, OVER_TIME)
@@ -147,15 +150,13 @@ def bwd(grad: Tensor, x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Ten
                    pack(part.expand, dtype, transposed=True), tap_rows(wd.flip(2, 3, 4), residual=True))
     grad_x, sums = result_like(tokens), list[tuple[Tensor, Tensor]]()
     for i in range(len(tokens)):
-        grad_clip, clip, grad_x_clip, *inner = (t[i:i + 1] for t in (grads, tokens, grad_x, *kept))
-        if not kept:
-            inner = [part.room(clip)]
-            part.down(clip, *inner)
-        sums = _clip_bwd(grad_clip, clip, *inner, part, back, sums, grad_x_clip)
+        grad_clip, clip, grad_x_clip = (t[i:i + 1] for t in (grads, tokens, grad_x))
+        inner = kept[0][i:i + 1] if kept else part.down(clip, part.room(clip))
+        sums = _clip_bwd(grad_clip, clip, inner, part, back, sums, grad_x_clip)
     (squeeze, e), (expand, grad_b2), (time, time_bias), (position, grad_bd) = sums
     reduced, precise = len(w1), w1.float()
     squeeze, e = squeeze[:reduced], e[:reduced]
-    found = [(precise * squeeze).sum(0), e.double() @ precise.double(),
+    found = [column_products(precise, squeeze), precise_product(precise.T, e),
              squeeze * norm_scale.float() + e[:, None] * norm_shift.float(), e, time[:, :reduced].T,
              time_bias[:reduced], expand[:, :reduced], grad_b2, position.T.reshape(wd.shape), grad_bd]
     inputs = (norm_scale, norm_shift, w1, b1, wt, bt, w2, b2, wd, bd)

@@ -9,7 +9,18 @@ from torch import Tensor
 
 from ...tuning import Space
 from . import refusals  # noqa: F401
-from ._arrays import PANEL, array, compute_dtype, fold_norm, kernels, pack_all, precise_product, result, result_like
+from ._arrays import (
+    PANEL,
+    array,
+    column_products,
+    compute_dtype,
+    fold_norm,
+    kernels,
+    pack_all,
+    precise_product,
+    result,
+    result_like,
+)
 from ._tuning import tune
 
 SPACE = Space("cpu.window_attention_pool", band_tokens=(256, 512, 1024), product_rows=(256, 512, 1024),
@@ -80,7 +91,7 @@ def _pool(x: Tensor, corners: Tensor, num_windows: int, q_norm_weight: Tensor, q
 
 
 def _return_weights(dtype: torch.dtype, folded: _Folded, wp: Tensor, *, again: bool) -> list[Tensor]:
-    """In the order of the gradient in csrc/bindings.cpp; ``again``: queries and heads' outputs are computed once more."""
+    """In the order of the gradient in csrc/bindings.cpp, which computes queries and heads' outputs ``again`` or not."""
     more = ((folded.query, False), (folded.values, False)) if again else ()
     weights = list(pack_all(dtype, (folded.keys, True), (folded.query, True), (folded.keys, False),
                             (folded.values, True), (wp, True), *more))
@@ -108,8 +119,8 @@ def bwd(grad: Tensor, x: Tensor, corners: Tensor, num_windows: int, q_norm_weigh
     q_weight, q_bias, kv_weight, kv_bias = (
         t.float() for t in (q_norm_weight, q_norm_bias, kv_norm_weight, kv_norm_bias))
     precise_q, precise_kv = wq.float(), wkv.float()
-    q_norm = scale * (precise_q * query).sum(0), scale * (query_bias.double() @ precise_q.double())
-    kv_norm = (precise_kv * keys_values).sum(0), values_bias.double() @ precise_kv[channels:].double()
+    q_norm = scale * column_products(precise_q, query), scale * precise_product(precise_q.T, query_bias)
+    kv_norm = column_products(precise_kv, keys_values), precise_product(precise_kv[channels:].T, values_bias)
     query.mul_(q_weight).addr_(query_bias, q_bias).mul_(scale)
     keys_values.mul_(kv_weight)[channels:].addr_(values_bias, kv_bias)
     grads = [*q_norm, query, *kv_norm, keys_values, out.addr_(out_bias, values_offset), out_bias]

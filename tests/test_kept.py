@@ -1,0 +1,164 @@
+"""What an eager call keeps for its gradient on a CPU, and the memory that large results have of earlier ones."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from op_cases import OPS, is_float, make
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import panda_kernels
+from panda_kernels.nn.dense_connection import dense_connection
+from panda_kernels.ops import SPECS
+from panda_kernels.spec import Inputs
+
+KEEPING = [op for op in OPS if hasattr(import_module(f"panda_kernels.backends.cpu.{op}"), "keep")]
+CASES = [(op, case) for op in KEEPING for case in SPECS[op].test_sizes]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGE = 3 << 20  # elements
+
+
+def leaves(op: str, case: str, dtype: torch.dtype) -> Inputs:
+    return {name: value.requires_grad_() if is_float(value) else value for name, value in make(op, case, dtype).items()}
+
+
+def eager(op: str, inputs: Inputs) -> Tensor:
+    return getattr(panda_kernels, op)(**inputs, backend="cpu")
+
+
+def traced(op: str, inputs: Inputs) -> Tensor:
+    """As a graph calls it."""
+    return getattr(torch.ops.panda_kernels, op)(*inputs.values(), "cpu")
+
+
+def gradients(y: Tensor, inputs: Inputs, **options: Any) -> tuple[Tensor, ...]:
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    return torch.autograd.grad(y, [value for value in inputs.values() if is_float(value)], grad, **options)
+
+
+def assert_same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_products_are_kept() -> None:
+    assert set(KEEPING) == {"local_encoding", "window_attention_pool"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("op", "case"), CASES)
+def test_what_is_kept_has_the_bits_of_what_would_be_computed_again(op: str, case: str, dtype: torch.dtype) -> None:
+    inputs = leaves(op, case, dtype)
+    y, expected = eager(op, inputs), traced(op, inputs)
+    assert y.grad_fn is not None and y.grad_fn.name() == "_KeptBackward" != expected.grad_fn.name()
+    assert torch.equal(y, expected)
+    assert_same(gradients(y, inputs), gradients(expected, inputs))
+
+
+@pytest.mark.parametrize("op", KEEPING)
+def test_a_gradient_can_be_taken_again_but_not_differentiated(op: str) -> None:
+    inputs = leaves(op, next(iter(SPECS[op].test_sizes)), torch.float32)
+    y = eager(op, inputs)
+    assert_same(gradients(y, inputs, retain_graph=True), gradients(y, inputs, retain_graph=True))
+    grads = gradients(y, inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        torch.autograd.grad(grads[0].sum(), inputs["x"])
+
+
+@pytest.mark.parametrize("op", KEEPING)
+def test_only_what_is_needed_has_a_gradient(op: str) -> None:
+    inputs = make(op, next(iter(SPECS[op].test_sizes)), torch.float32)
+    y = eager(op, inputs | {"x": inputs["x"].requires_grad_()})
+    y.sum().backward()
+    assert inputs["x"].grad is not None
+    assert all(value.grad is None for name, value in inputs.items() if is_float(value) and name != "x")
+
+
+@pytest.mark.parametrize("op", KEEPING)
+def test_nothing_is_kept_for_nobody(op: str) -> None:
+    inputs = leaves(op, next(iter(SPECS[op].test_sizes)), torch.float32)
+    with torch.no_grad():
+        assert eager(op, inputs).grad_fn is None
+    assert eager(op, {name: v.detach() if is_float(v) else v for name, v in inputs.items()}).grad_fn is None
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = {name: mode.from_tensor(v) if isinstance(v, Tensor) else v for name, v in inputs.items()}
+        assert eager(op, fakes).grad_fn.name() != "_KeptBackward"
+
+
+def result(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.ops.panda_kernels_cpu.result(sizes, dtype)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8])
+def test_results_are_apart_while_anything_refers_to_them(dtype: torch.dtype) -> None:
+    first, second = (result(3, LARGE // 3, dtype=dtype) for _ in range(2))
+    assert first.dtype == dtype and first.is_contiguous() and first.shape == (3, LARGE // 3)
+    first.fill_(1)
+    second.fill_(2)
+    view = first[2, 5:]
+    del first
+    third = result(LARGE, dtype=dtype).fill_(3)
+    assert bool((view == 1).all()) and bool((second == 2).all()) and bool((third == 3).all())
+
+
+def test_memory_is_used_again_and_its_neighbours_join() -> None:
+    kept = result(LARGE)
+    blocks = [result(LARGE) for _ in range(3)]
+    low = min(block.data_ptr() for block in blocks)
+    blocks.clear()
+    assert result(LARGE).data_ptr() == low
+    both = result(3 * LARGE)
+    assert both.data_ptr() == low
+    both.fill_(1)
+    assert kept.data_ptr() != low
+
+
+def test_results_outlive_threads_and_nothing_else() -> None:
+    def work(i: int) -> Tensor:
+        for _ in range(20):
+            x = result(LARGE + i).fill_(i)
+        return x
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(work, range(8)))
+    assert all(bool((x == i).all()) for i, x in enumerate(found))
+    assert len({x.data_ptr() for x in found}) == len(found)
+
+
+def dense_gradients(x0: Tensor, x2: Tensor, weights: list[Tensor], *, plain: bool) -> list[Tensor]:
+    """Of all three where each has more than one consumer, x0 before and behind the sum, as in STAB."""
+    leaves = x0.clone().requires_grad_(), x2.clone().requires_grad_()
+    x0, x2 = leaves[0] * 1, leaves[1] * 1
+    loss = (x0 * weights[0]).sum()
+    x2, x3 = (x2, x2 + x0) if plain else dense_connection(x2, x0, backend="cpu")
+    x3.retain_grad()
+    loss = loss + (x2 * weights[1]).sum() + (x3.flatten() * weights[2].flatten()).sum() + (x0 * weights[3]).sum()
+    loss.backward()
+    return [x.grad for x in (*leaves, x3) if x.grad is not None]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (3, 1024, 1024)])
+def test_dense_connection_has_the_gradients_of_a_sum(shape: tuple[int, ...]) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x0, x2, *weights = (torch.randn(shape, generator=draw) for _ in range(6))
+    found, expected = (dense_gradients(x0, x2, weights, plain=plain) for plain in (False, True))
+    assert len(found) == 3
+    torch.testing.assert_close(found, expected)
+
+
+def test_dense_connection_where_only_the_sum_is_used() -> None:
+    x0, x2 = (torch.randn(2, 3, requires_grad=True) for _ in range(2))
+    _, x3 = dense_connection(x2, x0, backend="cpu")
+    assert torch.equal(x3, x2 + x0)
+    x3.sum().backward()
+    torch.testing.assert_close([x0.grad, x2.grad], [torch.ones(2, 3)] * 2)
+
+
+def test_dense_connection_is_a_plain_sum_elsewhere() -> None:
+    x0, x2 = torch.randn(2, 3, dtype=torch.float64, requires_grad=True), torch.randn(2, 3)
+    assert dense_connection(x2, x0, backend="auto")[1].dtype == torch.float64
+    assert dense_connection(x2, x2, backend="torch")[0] is x2
