@@ -1,7 +1,7 @@
 """The dense connection ``x3 = x2 + x0``, its result and its gradient in memory that earlier results have left.
 
-Torch's own sums are fresh memory, three times that of the tokens in a training step: on a CPU the system takes longer to
-give it than the sums to fill it (docs/performance.md).
+Sums of torch are fresh memory, three times that of the tokens in a training step, and on a CPU the system takes longer
+to give it than the sums to fill it (docs/performance.md).
 """
 from __future__ import annotations
 
