@@ -1,9 +1,9 @@
 """``pytest bench/``: speeds beside their peers in one run, short by default.
 
-``--full`` takes every size and adds torch.compile, and on a CPU Table 3, the first token and scaling. ``--save`` keeps
-the rows in ``bench/results/results.jsonl`` or in the file it names, from which ``python -m bench.report`` makes
-pictures and README's figures, and ``bench/compare.py`` compares two runs. No speed is asserted; a wrong result is not
-timed.
+``--full`` takes every size and adds torch.compile, and on a CPU Table 3, the first token, scaling, and the dtypes whose
+products torch has no instructions for there. ``--save`` keeps the rows in ``bench/results/results.jsonl`` or in the file
+it names, from which ``python -m bench.report`` makes pictures and README's figures, and ``bench/compare.py`` compares
+two runs. No speed is asserted; a wrong result is not timed.
 """
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import machine, records, table
+from bench.half_products import peer_dtype
 from bench.measure import Bench
 
 BENCH = pytest.StashKey[Bench]()
@@ -65,7 +66,9 @@ def full(request: pytest.FixtureRequest) -> bool:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "dtype" in metafunc.fixturenames:
-        dtypes = machine.row_dtypes(metafunc.config.getoption("device"))
+        device = metafunc.config.getoption("device")
+        dtypes = [dtype for dtype in machine.row_dtypes(device)
+                  if metafunc.config.getoption("full") or peer_dtype(dtype, device) == dtype]
         metafunc.parametrize("dtype", dtypes, ids=[str(dtype).removeprefix("torch.") for dtype in dtypes])
 
 
@@ -87,7 +90,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
         terminalreporter.write_line(f"not measured: {reason}")
     if not config.getoption("full"):
         terminalreporter.write_line("short run: --full has all sizes, torch.compile, which takes long to compile, and "
-                                    "on a CPU Table 3, the first token and scaling")
+                                    "on a CPU Table 3, the first token, scaling, and bfloat16 without instructions")
     if path := config.getoption("save"):
         records.upsert(Path(path), found.rows)
         terminalreporter.write_line(f"saved: {path}")
