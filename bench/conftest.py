@@ -1,9 +1,9 @@
 """``pytest bench/``: speeds beside their peers in one run, short by default.
 
 ``--full`` takes every size and adds torch.compile, and on a CPU Table 3, the first token, scaling, and the dtypes whose
-products torch has no instructions for there. ``--save`` keeps the rows in ``bench/results/results.jsonl`` or in the file
-it names, from which ``python -m bench.report`` makes pictures and README's figures, and ``bench/compare.py`` compares
-two runs. No speed is asserted; a wrong result is not timed.
+products torch has no instructions for there. ``--save`` keeps the rows in ``bench/results/results.jsonl`` or in the
+file it names, from which ``python -m bench.report`` makes pictures and README's figures, and ``bench/compare.py``
+compares two runs. No speed is asserted; a wrong result is not timed.
 """
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..checks import Checks
+from .few_rows import FewRows
 from .pooling import fold_query, project_values
 
 
@@ -31,6 +32,7 @@ class GSTRA(nn.Module):
 
     Attributes:
         backend: which implementation of the op to use, ``auto`` or a name of ``panda_kernels.backends.NAMES``.
+            Setting it sets it for the MLP's layers as well.
 
     The attention's output projection and the MLP's last layer are zero at first, as released.
     Source: SPEC stage 3; arXiv 2412.18609, section 3.
@@ -41,12 +43,11 @@ class GSTRA(nn.Module):
         super().__init__()
         if dim % num_heads:
             Checks("GSTRA").fail("num_heads", f"a divisor of dim = {dim}", num_heads)
-        self.backend = "auto"
         self.attn = nn.MultiheadAttention(dim, num_heads, device=device, dtype=dtype)
         self.ln_1 = nn.LayerNorm(dim, device=device, dtype=dtype)
-        c_proj = nn.Linear(4 * dim, dim, device=device, dtype=dtype)
+        c_proj = FewRows(4 * dim, dim, device=device, dtype=dtype)
         self.mlp = nn.Sequential(OrderedDict(
-            c_fc=nn.Linear(dim, 4 * dim, device=device, dtype=dtype),
+            c_fc=FewRows(dim, 4 * dim, device=device, dtype=dtype),
             gelu=QuickGELU(),
             dropout=nn.Dropout(dropout),
             c_proj=c_proj,
@@ -56,6 +57,18 @@ class GSTRA(nn.Module):
         for layer in (self.attn.out_proj, c_proj):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        self.backend = "auto"
+
+    @property
+    def backend(self) -> str:
+        return self._backend
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        self._backend = name
+        for layer in self.mlp:
+            if isinstance(layer, FewRows):
+                layer.backend = name
 
     def fold(self, query: Tensor) -> Tensor:
         """The query, any shape of C elements, as it meets the un-affined tokens: ``[num_heads, C]``."""

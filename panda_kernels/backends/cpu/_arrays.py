@@ -38,7 +38,8 @@ def floats(x: Tensor) -> Tensor:
 
 def fold_norm(scale: Tensor, shift: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """A product ``[n, k]`` with the affine of the norm before it: its weight and what it adds, float32."""
-    return weight.float() * scale.float(), precise_product(weight, shift)
+    precise = weight.float()
+    return torch.mul(precise, scale.float(), out=result_like(precise)), precise_product(weight, shift)
 
 
 def precise_product(weight: Tensor, x: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ def product(x: Tensor, packed: Tensor, outputs: int, *, bias: Tensor | None = No
 def weight_gradient(grad: Tensor, x: Tensor, sums: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """``grad^T x`` and the sum of the rows of ``grad``, float32, in an order that threads do not change; added to
     ``sums``, if there are any."""
-    weight, bias = (torch.empty(grad.shape[1], x.shape[1]), torch.empty(grad.shape[1])) if sums is None else sums
+    weight, bias = sums or (result(grad.shape[1], x.shape[1], dtype=torch.float32), torch.empty(grad.shape[1]))
     kernels.weight_gradient(grad, x, sums is not None, weight, bias)
     return weight, bias
 

@@ -107,9 +107,9 @@ def bwd(grad: Tensor, x: Tensor, corners: Tensor, num_windows: int, q_norm_weigh
     folded = _fold(q_norm_weight, q_norm_bias, wq, kv_norm_weight, kv_norm_bias, wkv, num_heads, scale)
     weights, values_offset = _return_weights(dtype, folded, wp, again=not kept), folded.values_bias
     del folded
-    grad_x, vector, square = result_like(tokens), (channels,), (channels, channels)
-    query, query_bias, values_bias, out, out_bias = (torch.empty(*s) for s in (square, vector, vector, square, vector))
-    keys_values = torch.empty(2 * channels, channels)
+    grad_x = result_like(tokens)
+    query, keys_values, out = (result(n * channels, channels, dtype=torch.float32) for n in (1, 2, 1))
+    query_bias, values_bias, out_bias = (torch.empty(channels) for _ in range(3))
     tune(SPACE, tokens, C=channels, heads=num_heads, window=window, direction="bwd")
     kernels.window_attention_pool_gradient(
         array(grad), tokens, corners.contiguous(), weights, num_heads, window, eps, list(kept), grad_x,
