@@ -37,10 +37,15 @@ class FSRA(nn.Module):
         self.kv = key_value_projection(dim, device=device, dtype=dtype)
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
 
-    def fold(self, query: Tensor) -> Tensor:
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        """Of keys and values. Taken twice, each would fill the other's half of the gradient with zeros."""
+        kv: Any = self.kv
+        return kv[1].weight.chunk(2)
+
+    def fold(self, query: Tensor, wk: Tensor | None = None) -> Tensor:
         """The query, any shape of C elements, as it meets the un-affined tokens: ``[num_heads, C]``."""
         kv: Any = self.kv
-        wk = kv[1].weight.chunk(2)[0]
+        wk = self._weights()[0] if wk is None else wk
         return fold_query(self.q(query.flatten()), wk, kv[0], self.num_heads, query.numel()**-0.5)
 
     def forward(self, query: Tensor, y: Tensor, cu_windows: Tensor, *, folded: Tensor | None = None) -> Tensor:
@@ -53,19 +58,20 @@ class FSRA(nn.Module):
             ValueError: a wrong rank or C, no windows, or tensors on several devices.
             TypeError: dtypes that differ.
         """
-        u = self.fold(query) if folded is None else folded
+        wk, wv = self._weights()
+        u = self.fold(query, wk) if folded is None else folded
         kv: Any = self.kv
         z = ops.attention_pool(y, u, cu_seqlens=cu_windows, eps=kv[0].eps, backend=self.backend)
-        return self.finish(query, z)
+        return self.finish(query, z, wv)
 
     def value_weights(self) -> tuple[Tensor, ...]:
         """Of :meth:`finish`: the values' norm, weight and bias (zeros here), the output's weight and bias."""
         kv: Any = self.kv
-        norm, wv = kv[0], kv[1].weight.chunk(2)[1]
+        norm, wv = kv[0], self._weights()[1]
         return norm.weight, norm.bias, wv, torch.zeros_like(norm.bias), self.proj.weight, self.proj.bias
 
-    def finish(self, query: Tensor, z: Tensor) -> Tensor:
+    def finish(self, query: Tensor, z: Tensor, wv: Tensor | None = None) -> Tensor:
         """What follows the pooling: ``z [frames, num_heads, C]`` -> ``f [frames, C]``."""
         kv: Any = self.kv
-        wv = kv[1].weight.chunk(2)[1]
+        wv = self._weights()[1] if wv is None else wv
         return query.flatten() + self.proj(project_values(z, wv, kv[0]))

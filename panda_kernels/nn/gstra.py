@@ -70,9 +70,13 @@ class GSTRA(nn.Module):
             if isinstance(layer, FewRows):
                 layer.backend = name
 
-    def fold(self, query: Tensor) -> Tensor:
+    def _weights(self) -> tuple[Tensor, ...]:
+        """Of queries, keys and values. Taken twice, each would fill the others' part of the gradient with zeros."""
+        return self.attn.in_proj_weight.chunk(3)
+
+    def fold(self, query: Tensor, weights: tuple[Tensor, ...] | None = None) -> Tensor:
         """The query, any shape of C elements, as it meets the un-affined tokens: ``[num_heads, C]``."""
-        wq, wk, _ = self.attn.in_proj_weight.chunk(3)
+        wq, wk, _ = self._weights() if weights is None else weights
         bq = self.attn.in_proj_bias.chunk(3)[0]
         q = F.linear(self.ln_1(query.flatten()), wq, bq)
         return fold_query(q, wk, self.ln_3, self.attn.num_heads, self.attn.head_dim**-0.5)
@@ -86,13 +90,14 @@ class GSTRA(nn.Module):
             ValueError: a wrong rank or C, an empty batch, or tensors on several devices.
             TypeError: dtypes that differ.
         """
-        u = self.fold(query) if folded is None else folded
+        weights = self._weights()
+        u = self.fold(query, weights) if folded is None else folded
         z = ops.attention_pool(x, u, eps=self.ln_3.eps, backend=self.backend)
-        return self.finish(query, z)
+        return self.finish(query, z, weights[2])
 
     def value_weights(self) -> tuple[Tensor, ...]:
         """Of :meth:`finish`: the values' norm, weight and bias, the output's weight and bias."""
-        wv, bv = self.attn.in_proj_weight.chunk(3)[2], self.attn.in_proj_bias.chunk(3)[2]
+        wv, bv = self._weights()[2], self.attn.in_proj_bias.chunk(3)[2]
         out = self.attn.out_proj
         return self.ln_3.weight, self.ln_3.bias, wv, bv, out.weight, out.bias
 
@@ -102,8 +107,8 @@ class GSTRA(nn.Module):
         last: Any = self.mlp.c_proj
         return self.ln_2.weight, self.ln_2.bias, first.weight, first.bias, last.weight, last.bias
 
-    def finish(self, query: Tensor, z: Tensor) -> Tensor:
+    def finish(self, query: Tensor, z: Tensor, wv: Tensor | None = None) -> Tensor:
         """What follows the pooling: ``z [B, num_heads, C]`` -> ``g [B, C]``."""
-        wv, bv = self.attn.in_proj_weight.chunk(3)[2], self.attn.in_proj_bias.chunk(3)[2]
+        wv, bv = self._weights()[2] if wv is None else wv, self.attn.in_proj_bias.chunk(3)[2]
         g = query.flatten() + self.attn.out_proj(project_values(z, wv, self.ln_3) + bv)
         return g + self.mlp(self.ln_2(g))

@@ -1,6 +1,6 @@
 """LSTE streamed by bands of image rows (csrc/core/local_encoding.cpp), BatchNorm folded into the first product.
 
-The gradient recomputes the bottleneck and x1, or has them kept by the forward (docs/numerics.md).
+The gradient recomputes x1, and the bottleneck if the forward has not kept it (docs/numerics.md).
 """
 from __future__ import annotations
 
@@ -78,10 +78,9 @@ class _Bottleneck(NamedTuple):
     def mix(self, inner: Tensor) -> Tensor:
         return convolve(inner, self.time, self.time_bias, OVER_TIME)
 
-    def up(self, mixed: Tensor, x: Tensor, x1: Tensor) -> Tensor:
+    def up(self, mixed: Tensor, x: Tensor) -> Tensor:
         packed = pack(self.expand, x.dtype)
-        product(_rows(mixed), packed, x.shape[-1], bias=self.expand_bias, residual=_rows(x), out=_rows(x1))
-        return x1
+        return product(_rows(mixed), packed, x.shape[-1], bias=self.expand_bias, residual=_rows(x)).view(x.shape)
 
 
 def _bottleneck(norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tensor, wt: Tensor, bt: Tensor, w2: Tensor,
@@ -99,15 +98,15 @@ def _rows(grid: Tensor) -> Tensor:
 
 def keep(x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tensor, wt: Tensor, bt: Tensor, w2: Tensor,
          b2: Tensor, wd: Tensor, bd: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The same bits, not streamed: the bottleneck and x1 of all tokens are kept."""
+    """The same bits, the bottleneck of all tokens kept: clip by clip, whose x1 is whole."""
     tokens = array(x)
     tune(SPACE, tokens, C=w1.shape[1], R=w1.shape[0], direction="fwd")
     part = _bottleneck(norm_scale, norm_shift, w1, b1, wt, bt, w2, b2)
-    y, inner, x1, taps = result_like(tokens), part.room(tokens), result_like(tokens), tap_rows(wd, residual=True)
-    for clip in zip(*(t.split(1) for t in (tokens, inner, x1)), strict=True):
-        part.up(part.mix(part.down(clip[0], clip[1])), clip[0], clip[2])
-    convolve(x1, taps, floats(bd), POSITION, out=y)
-    return y.to(x.dtype), [inner, x1]
+    y, inner, taps, offset = result_like(tokens), part.room(tokens), tap_rows(wd, residual=True), floats(bd)
+    for clip, inner_clip, y_clip in zip(tokens.split(1), inner.split(1), y.split(1), strict=True):
+        part.down(clip, inner_clip)
+        convolve(part.up(part.mix(inner_clip), clip), taps, offset, POSITION, out=y_clip)
+    return y.to(x.dtype), [inner]
 
 
 class _Return(NamedTuple):
@@ -119,13 +118,12 @@ class _Return(NamedTuple):
     position: Tensor
 
 
-def _clip_bwd(grad: Tensor, x: Tensor, kept: Sequence[Tensor], part: _Bottleneck, back: _Return,
+def _clip_bwd(grad: Tensor, x: Tensor, inner: Tensor, part: _Bottleneck, back: _Return,
               sums: list[tuple[Tensor, Tensor]], grad_x: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Writes ``grad_x`` of one clip ``[1, T, h, w, C]``; adds to the sums of both products' gradients, and of both
     convolutions'."""
-    inner = kept[0] if kept else part.down(x, part.room(x))
     mixed = part.mix(inner)
-    position = gradient(kept[1] if kept else part.up(mixed, x, result_like(x)), grad, POSITION)
+    position = gradient(part.up(mixed, x), grad, POSITION)
     grad_x1 = _rows(convolve(grad, back.position, None, POSITION, out=grad_x))
     expand = weight_gradient(grad_x1, _rows(mixed), sums[1] if sums else None)
     del mixed
@@ -152,8 +150,9 @@ def bwd(grad: Tensor, x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Ten
                    pack(part.expand, dtype, transposed=True), tap_rows(wd.flip(2, 3, 4), residual=True))
     grad_x, sums = result_like(tokens), list[tuple[Tensor, Tensor]]()
     for i in range(len(tokens)):
-        grad_clip, clip, grad_x_clip, *kept_clip = (t[i:i + 1] for t in (grads, tokens, grad_x, *kept))
-        sums = _clip_bwd(grad_clip, clip, kept_clip, part, back, sums, grad_x_clip)
+        grad_clip, clip, grad_x_clip = (t[i:i + 1] for t in (grads, tokens, grad_x))
+        inner = kept[0][i:i + 1] if kept else part.down(clip, part.room(clip))
+        sums = _clip_bwd(grad_clip, clip, inner, part, back, sums, grad_x_clip)
     (squeeze, e), (expand, grad_b2), (time, time_bias), (position, grad_bd) = sums
     reduced, precise = len(w1), w1.float()
     squeeze, e = squeeze[:reduced], e[:reduced]
