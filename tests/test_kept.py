@@ -13,9 +13,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import panda_kernels
+from panda_kernels.nn import STAB
 from panda_kernels.nn.dense_connection import dense_connection
+from panda_kernels.nn.few_rows import FewRows
 from panda_kernels.ops import SPECS
-from panda_kernels.spec import Inputs
+from panda_kernels.spec import Inputs, Tolerance, relative_error
 
 KEEPING = [op for op in OPS if hasattr(import_module(f"panda_kernels.backends.cpu.{op}"), "keep")]
 CASES = [(op, case) for op in KEEPING for case in SPECS[op].test_sizes]
@@ -162,3 +164,38 @@ def test_dense_connection_is_a_plain_sum_elsewhere() -> None:
     x0, x2 = torch.randn(2, 3, dtype=torch.float64, requires_grad=True), torch.randn(2, 3)
     assert dense_connection(x2, x0, backend="auto")[1].dtype == torch.float64
     assert dense_connection(x2, x2, backend="torch")[0] is x2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [((2,), 70, 33), ((3, 2), 1100, 1024)])
+def test_few_rows_have_a_linear_layers_gradients(rows: tuple[int, ...], outputs: int, inputs: int,
+                                                 dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = FewRows(inputs, outputs, dtype=dtype)
+    x, grad = torch.randn(*rows, inputs).to(dtype).requires_grad_(), torch.randn(*rows, outputs).to(dtype)
+    own = x, layer.weight, layer.bias
+    y = layer(x)
+    assert y.grad_fn is not None and y.grad_fn.name() == "_LinearBackward"
+    plain, exact = (torch.nn.functional.linear(*(t.to(wide) for t in own)) for wide in (dtype, torch.float64))
+    found, torchs, wanted = (torch.autograd.grad(z, own, grad.to(z.dtype)) for z in (y, plain, exact))
+    for ours, theirs, expected in zip(found, torchs, wanted, strict=True):
+        assert ours.dtype == dtype and ours.shape == expected.shape
+        limit = Tolerance().limit(relative_error(theirs, expected), dtype, backward=True)
+        assert relative_error(ours, expected) <= limit
+
+
+def test_few_rows_are_torchs_own_where_no_backend_serves_them() -> None:
+    layer, x = FewRows(8, 3), torch.randn(2, 8)
+    with torch.no_grad():
+        assert layer(x).grad_fn is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    for backend, dtype in (("torch", torch.float32), ("auto", torch.float64)):
+        layer.backend = backend
+        assert layer.to(dtype)(x.to(dtype)).grad_fn.name() == "AddmmBackward0"
+
+
+def test_a_tower_tells_its_few_rows_the_backend() -> None:
+    tower = STAB(16, patch=4, num_heads=2, gstra_heads=2)
+    tower.backend = "torch"
+    assert [layer.backend for layer in tower.modules() if isinstance(layer, FewRows)] == ["torch", "torch"]
