@@ -11,8 +11,10 @@ import torch
 from op_cases import OPS, is_float, make
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import panda_kernels
+from panda_kernels.backends.cpu._arrays import column_products
 from panda_kernels.nn import STAB
 from panda_kernels.nn.dense_connection import dense_connection
 from panda_kernels.nn.few_rows import FewRows
@@ -89,6 +91,20 @@ def test_nothing_is_kept_for_nobody(op: str) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = {name: mode.from_tensor(v) if isinstance(v, Tensor) else v for name, v in inputs.items()}
         assert eager(op, fakes).grad_fn.name() != "_KeptBackward"
+    with Watching():
+        assert eager(op, inputs).grad_fn.name() != "_KeptBackward"
+
+
+class Watching(TorchDispatchMode):
+    """As a tracer of plain tensors does, it is to see the op."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def test_column_products_are_of_all_rows() -> None:
+    x, y = torch.randn(2, 300, 5)
+    torch.testing.assert_close(column_products(x, y), (x * y).sum(0))
 
 
 def result(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -163,6 +179,7 @@ def test_dense_connection_where_only_the_sum_is_used() -> None:
 def test_dense_connection_is_a_plain_sum_elsewhere() -> None:
     x0, x2 = torch.randn(2, 3, dtype=torch.float64, requires_grad=True), torch.randn(2, 3)
     assert dense_connection(x2, x0, backend="auto")[1].dtype == torch.float64
+    assert dense_connection(x2.bfloat16(), x2, backend="auto")[1].dtype == torch.float32
     assert dense_connection(x2, x2, backend="torch")[0] is x2
 
 
@@ -189,7 +206,8 @@ def test_few_rows_are_torchs_own_where_no_backend_serves_them() -> None:
     with torch.no_grad():
         assert layer(x).grad_fn is None
     with torch.autocast("cpu", torch.bfloat16):
-        assert layer(x).dtype == torch.bfloat16
+        y = layer(x)
+        assert y.dtype == torch.bfloat16 and y.grad_fn.name() != "_LinearBackward"
     for backend, dtype in (("torch", torch.float32), ("auto", torch.float64)):
         layer.backend = backend
         assert layer.to(dtype)(x.to(dtype)).grad_fn.name() == "AddmmBackward0"
