@@ -123,11 +123,13 @@ def test_results_are_apart_while_anything_refers_to_them(dtype: torch.dtype) -> 
     assert bool((view == 1).all()) and bool((second == 2).all()) and bool((third == 3).all())
 
 
-def test_memory_is_used_again_and_its_neighbours_join() -> None:
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (0, 2, 1)])
+def test_memory_is_used_again_and_its_neighbours_join(order: tuple[int, ...]) -> None:
     kept = result(LARGE)
-    blocks = [result(LARGE) for _ in range(3)]
-    low = min(block.data_ptr() for block in blocks)
-    blocks.clear()
+    blocks = {i: result(LARGE) for i in range(3)}
+    low = min(block.data_ptr() for block in blocks.values())
+    for i in order:
+        del blocks[i]
     assert result(LARGE).data_ptr() == low
     both = result(3 * LARGE)
     assert both.data_ptr() == low
