@@ -159,8 +159,8 @@ def made(monkeypatch) -> list[Recorder]:
     monkeypatch.setattr(Recorder, "made", found, raising=False)
     monkeypatch.setitem(RECORDERS, "cpu", Recorder)
     # The stand-in sees operations as tracers do, but the modules are to behave as with a real recording.
-    tracing = folding._get_current_dispatch_mode
-    monkeypatch.setattr(folding, "_get_current_dispatch_mode", lambda: None if Recorder.is_recording() else tracing())
+    is_traced = folding.is_traced
+    monkeypatch.setattr(folding, "is_traced", lambda: not Recorder.is_recording() and is_traced())
     return found
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..ops._autocast import is_autocasting
+from ..ops._register import is_traced
 from .cuda_graph import is_recording
 
 M = TypeVar("M", bound=nn.Module)
@@ -49,7 +49,7 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 
 def can_fold(module: nn.Module) -> bool:
     """Whether weights may be taken as constants: evaluation mode, no gradient wanted, and nothing being traced."""
-    if module.training or torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+    if module.training or is_traced():
         return False
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(module)))
 

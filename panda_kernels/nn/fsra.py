@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..checks import Checks
+from .has_backend import HasBackend
 from .lsd import key_value_projection, query_projection
 from .pooling import fold_query, project_values
 
 
-class FSRA(nn.Module):
+class FSRA(HasBackend):
     """``f = c + Wp MHA(Wq LNq(c), Wkv LNkv(y)) + bp``, for one query ``c`` and each frame's windows ``y``.
 
     Args:
@@ -31,7 +32,6 @@ class FSRA(nn.Module):
         super().__init__()
         if dim % num_heads:
             Checks("FSRA").fail("num_heads", f"a divisor of dim = {dim}", num_heads)
-        self.backend = "auto"
         self.num_heads = num_heads
         self.q = query_projection(dim, device=device, dtype=dtype)
         self.kv = key_value_projection(dim, device=device, dtype=dtype)

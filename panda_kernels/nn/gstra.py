@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..checks import Checks
 from .few_rows import FewRows
+from .has_backend import HasBackend
 from .pooling import fold_query, project_values
 
 
@@ -21,7 +22,7 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-class GSTRA(nn.Module):
+class GSTRA(HasBackend):
     """``g = e + Wo MHA(LN1(e), LN3(x), LN3(x)) + bo``, then ``g + MLP(LN2(g))``, for one query ``e`` a clip.
 
     Args:
@@ -57,18 +58,6 @@ class GSTRA(nn.Module):
         for layer in (self.attn.out_proj, c_proj):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        self.backend = "auto"
-
-    @property
-    def backend(self) -> str:
-        return self._backend
-
-    @backend.setter
-    def backend(self, name: str) -> None:
-        self._backend = name
-        for layer in self.mlp:
-            if isinstance(layer, FewRows):
-                layer.backend = name
 
     def _weights(self) -> tuple[Tensor, ...]:
         """Of queries, keys and values. Taken twice, each would fill the others' part of the gradient with zeros."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..checks import Checks
 from ..rectangles import Rectangles
+from .has_backend import HasBackend
 
 
 def query_projection(dim: int, **factory: Any) -> nn.Sequential:
@@ -21,7 +22,7 @@ def key_value_projection(dim: int, **factory: Any) -> nn.Sequential:
     return nn.Sequential(nn.LayerNorm(dim, **factory), nn.Linear(dim, 2 * dim, bias=False, **factory))
 
 
-class LSD(nn.Module):
+class LSD(HasBackend):
     """Per window, with ``r`` the mean of its tokens: ``y = r + Wp MHA(Wq LNq(r), Wkv LNkv(tokens)) + bp``.
 
     Args:
@@ -41,7 +42,6 @@ class LSD(nn.Module):
         super().__init__()
         if dim % num_heads:
             Checks("LSD").fail("num_heads", f"a divisor of dim = {dim}", num_heads)
-        self.backend = "auto"
         self.num_heads, self.window = num_heads, window
         self.q = query_projection(dim, device=device, dtype=dtype)
         self.kv = key_value_projection(dim, device=device, dtype=dtype)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..checks import Checks
+from .has_backend import HasBackend
 
 Affine = tuple[Tensor, Tensor]
 NORMS = (nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -116,7 +117,7 @@ def _bias(conv: nn.Conv3d) -> Tensor:
     return conv.bias
 
 
-class LSTE(nn.Module):
+class LSTE(HasBackend):
     """``x1 = x0 + W2 tconv(W1 BN(x0) + b1) + b2``, then ``x2 = x1 + dw(x1)``.
 
     Args:
@@ -134,7 +135,6 @@ class LSTE(nn.Module):
     def __init__(self, dim: int = 1024, *, reduction: float = 1.5, device: torch.device | str | None = None,
                  dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.backend = "auto"
         self.lmhra1 = LocalMHRA(dim, reduction, device=device, dtype=dtype)
         self.dpe = position_encoding(dim, device=device, dtype=dtype)
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from .. import backends, checkpoint, fp8, ops
 from .folding import Folded, can_serve
+from .has_backend import HasBackend
 
 
-class Projector(nn.Sequential, fp8.HasProducts):
+class Projector(HasBackend, nn.Sequential, fp8.HasProducts):
     """``Linear(dim -> out_dim)``, exact GELU, ``Linear(out_dim -> out_dim)`` on every token.
 
     The children ``0`` and ``2`` hold the parameters, as in the checkpoints.
@@ -30,7 +31,6 @@ class Projector(nn.Sequential, fp8.HasProducts):
                  dtype: torch.dtype | None = None) -> None:
         super().__init__(nn.Linear(dim, out_dim, device=device, dtype=dtype), nn.GELU(),
                          nn.Linear(out_dim, out_dim, device=device, dtype=dtype))
-        self.backend = "auto"
         self.products = "native"
         self._prepared = Folded(self, _prepare)
 

@@ -16,6 +16,7 @@ from .dense_connection import dense_connection
 from .folding import Folded, can_fold, can_serve
 from .fsra import FSRA
 from .gstra import GSTRA
+from .has_backend import HasBackend
 from .lsd import LSD
 from .lste import Affine, LocalMHRA, batch_norm_affine, encode, encoding_weights, position_encoding
 
@@ -31,7 +32,7 @@ class STABOutput(NamedTuple):
     grid: Tensor
 
 
-class STAB(nn.Module, fp8.HasProducts):
+class STAB(HasBackend, fp8.HasProducts):
     """The visual tower of Video-Panda, with the released parameter names and initialisation.
 
     Args:
@@ -81,7 +82,6 @@ class STAB(nn.Module, fp8.HasProducts):
         self.proj = nn.Sequential(nn.LayerNorm(dim, **factory), nn.Dropout(dropout), nn.Linear(dim, dim, **factory))
         self._folded = Folded(self, _fold)
         self._streamed = Folded(self, _prepare_streamed)
-        self.backend = "auto"
         self.products = "native"
 
     @classmethod
@@ -108,16 +108,6 @@ class STAB(nn.Module, fp8.HasProducts):
         patch = kernel.shape[-1] if kernel is not None and kernel.ndim == 4 else 14
         dim = width.shape[0] if width is not None and width.ndim == 1 else 1024
         return checkpoint.fill(cls(dim, patch=patch, device="meta"), tensors, path, dtype=dtype, device=device)
-
-    @property
-    def backend(self) -> str:
-        return self._backend
-
-    @backend.setter
-    def backend(self, name: str) -> None:
-        self._backend = name
-        for part in (self.dec, self.local_attention, self.global_attention):
-            part.backend = name
 
     def train(self, mode: bool = True) -> STAB:
         self._folded.clear()

@@ -10,6 +10,7 @@ from ..rectangles import Rectangles
 from .cuda_graph import RECORDERS, is_recording
 from .folding import can_serve, modules_of
 from .graphs import Graphs
+from .has_backend import HasBackend
 from .projector import Projector
 from .stab import STAB, STABOutput
 
@@ -76,7 +77,8 @@ def by_graphs(graphs: Graphs, tower: STAB, projector: Projector | None, run: Run
         return run(pixels, Rectangles(corners, num_windows, num_tokens), present)
 
     settings = (num_windows, num_tokens, torch.backends.cuda.matmul.fp32_precision,
-                torch.are_deterministic_algorithms_enabled(), *(module.__dict__.get("backend") for module in modules))
+                torch.are_deterministic_algorithms_enabled(),
+                *(module.backend for module in modules if isinstance(module, HasBackend)))
     # Past the rectangles nobody reads the mask.
     inputs = (pixel_values[:, :, :3], corners, present)
     return STABOutput(*graphs.call(function, inputs, lambda: tuple(part.constants() for part in parts), settings))

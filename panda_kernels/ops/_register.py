@@ -65,10 +65,8 @@ def register(spec: OpSpec, fake: Callable[..., Tensor],
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         args, _ = _saved(ctx)
-        needs = [n for n, tensor in zip(ctx.needs_input_grad, ctx.is_tensor, strict=True) if tensor]
-        grads = iter(getattr(torch.ops.panda_kernels, f"{spec.name}_bwd")(grad, *args, needs))
-        return tuple(next(grads) if t and n else None
-                     for t, n in zip(ctx.is_tensor, ctx.needs_input_grad, strict=True))
+        op = getattr(torch.ops.panda_kernels, f"{spec.name}_bwd")
+        return _where_needed(ctx.is_tensor, ctx.needs_input_grad, lambda needs: op(grad, *args, needs))
 
     torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_library)
     op = getattr(torch.ops.panda_kernels, spec.name)
@@ -100,11 +98,12 @@ class _Kept(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, kept = _saved(ctx)
-        needed = ctx.needs_input_grad[1:]
-        needs = [n for n, tensor in zip(needed, ctx.is_tensor, strict=True) if tensor]
-        with suspended(grad):
-            grads = iter(_asked(ctx.module.bwd(grad, *inputs, needs=needs, kept=kept), needs))
-        return (None, *(next(grads) if t and n else None for t, n in zip(ctx.is_tensor, needed, strict=True)))
+
+        def gradients(needs: list[bool]) -> list[Tensor]:
+            with suspended(grad):
+                return _asked(ctx.module.bwd(grad, *inputs, needs=needs, kept=kept), needs)
+
+        return None, *_where_needed(ctx.is_tensor, ctx.needs_input_grad[1:], gradients)
 
 
 def _keeper(op: str, backend: str, inputs: Sequence[Any]) -> ModuleType | None:
@@ -119,9 +118,13 @@ def _keeper(op: str, backend: str, inputs: Sequence[Any]) -> ModuleType | None:
 
 def is_eager(*tensors: Tensor) -> bool:
     """Whether a call computes, on plain tensors: nothing is being compiled, traced or transformed."""
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() or torch._C._functorch.peek_interpreter_stack():
+    if is_traced() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     return all(type(t) in (Tensor, nn.Parameter) for t in tensors)
+
+
+def is_traced() -> bool:
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
 def _save(ctx: Any, args: Sequence[Any], kept: Iterable[Tensor] = ()) -> None:
@@ -135,6 +138,13 @@ def _saved(ctx: Any) -> tuple[list[Any], list[Tensor]]:
     saved = iter(ctx.saved_tensors)
     args = [next(saved) if tensor else plain for tensor, plain in zip(ctx.is_tensor, ctx.plain, strict=True)]
     return args, list(saved)
+
+
+def _where_needed(is_tensor: Sequence[bool], needed: Sequence[bool],
+                  gradients: Callable[[list[bool]], Iterable[Tensor]]) -> tuple[Tensor | None, ...]:
+    """One for each argument, of ``gradients(needs)``, which gives those needed of the tensors."""
+    grads = iter(gradients([n for n, tensor in zip(needed, is_tensor, strict=True) if tensor]))
+    return tuple(next(grads) if t and n else None for t, n in zip(is_tensor, needed, strict=True))
 
 
 def _asked(grads: Iterable[Any], needs: Iterable[bool]) -> list[Tensor]:

@@ -4,7 +4,9 @@ The gradient recomputes x1, and the bottleneck if the forward has not kept it (d
 """
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -56,10 +58,12 @@ def fwd(x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tenso
     return y.to(x.dtype)
 
 
-class _Bottleneck(NamedTuple):
+@dataclass(frozen=True)
+class _Bottleneck:
     """From the tokens of a clip ``[1, T, h, w, C]`` to x1, the norm in its weights; channels of zeros fill the last
     panel."""
 
+    dtype: torch.dtype
     squeeze: Tensor
     squeeze_bias: Tensor
     time: Tensor
@@ -67,27 +71,34 @@ class _Bottleneck(NamedTuple):
     expand: Tensor
     expand_bias: Tensor
 
+    @functools.cached_property
+    def _packed_squeeze(self) -> Tensor:
+        return pack(self.squeeze, self.dtype)
+
+    @functools.cached_property
+    def _packed_expand(self) -> Tensor:
+        return pack(self.expand, self.dtype)
+
     def room(self, x: Tensor) -> Tensor:
-        return result(*x.shape[:-1], len(self.squeeze_bias), dtype=x.dtype)
+        return result(*x.shape[:-1], len(self.squeeze_bias), dtype=self.dtype)
 
     def down(self, x: Tensor, inner: Tensor) -> Tensor:
-        packed = pack(self.squeeze, x.dtype)
-        product(_rows(x), packed, inner.shape[-1], bias=self.squeeze_bias, out=_rows(inner))
+        product(_rows(x), self._packed_squeeze, inner.shape[-1], bias=self.squeeze_bias, out=_rows(inner))
         return inner
 
     def mix(self, inner: Tensor) -> Tensor:
         return convolve(inner, self.time, self.time_bias, OVER_TIME)
 
     def up(self, mixed: Tensor, x: Tensor) -> Tensor:
-        packed = pack(self.expand, x.dtype)
-        return product(_rows(mixed), packed, x.shape[-1], bias=self.expand_bias, residual=_rows(x)).view(x.shape)
+        return product(_rows(mixed), self._packed_expand, x.shape[-1], bias=self.expand_bias,
+                       residual=_rows(x)).view(x.shape)
 
 
-def _bottleneck(norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tensor, wt: Tensor, bt: Tensor, w2: Tensor,
-                b2: Tensor) -> _Bottleneck:
+def _bottleneck(dtype: torch.dtype, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tensor, wt: Tensor,
+                bt: Tensor, w2: Tensor, b2: Tensor) -> _Bottleneck:
     more = -len(w1) % PANEL
     weight, bias = fold_norm(norm_scale, norm_shift, w1)
-    return _Bottleneck(F.pad(weight, (0, 0, 0, more)), F.pad(bias + b1.float(), (0, more)),
+    return _Bottleneck(dtype, F.pad(weight, (0, 0, 0, more)), F.pad(bias + b1.float(), (0, more)),
                        F.pad(wt.float(), (0, 0, 0, more)).T.contiguous(), F.pad(floats(bt), (0, more)),
                        F.pad(w2, (0, more)), floats(b2))
 
@@ -101,7 +112,7 @@ def keep(x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tens
     """The same bits, the bottleneck of all tokens kept: clip by clip, whose x1 is whole."""
     tokens = array(x)
     tune(SPACE, tokens, C=w1.shape[1], R=w1.shape[0], direction="fwd")
-    part = _bottleneck(norm_scale, norm_shift, w1, b1, wt, bt, w2, b2)
+    part = _bottleneck(tokens.dtype, norm_scale, norm_shift, w1, b1, wt, bt, w2, b2)
     y, inner, taps, offset = result_like(tokens), part.room(tokens), tap_rows(wd, residual=True), floats(bd)
     for clip, inner_clip, y_clip in zip(tokens.split(1), inner.split(1), y.split(1), strict=True):
         part.down(clip, inner_clip)
@@ -145,7 +156,7 @@ def bwd(grad: Tensor, x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Ten
     """Clip by clip, so that the intermediates of one exist at a time."""
     dtype, tokens, grads = compute_dtype(x.dtype), array(x), array(grad)
     tune(SPACE, tokens, C=w1.shape[1], R=w1.shape[0], direction="bwd")
-    part = _bottleneck(norm_scale, norm_shift, w1, b1, wt, bt, w2, b2)
+    part = _bottleneck(tokens.dtype, norm_scale, norm_shift, w1, b1, wt, bt, w2, b2)
     back = _Return(pack(part.squeeze, dtype, transposed=True), part.time.flip(0),
                    pack(part.expand, dtype, transposed=True), tap_rows(wd.flip(2, 3, 4), residual=True))
     grad_x, sums = result_like(tokens), list[tuple[Tensor, Tensor]]()

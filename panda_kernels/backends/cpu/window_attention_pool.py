@@ -59,11 +59,8 @@ def window_weights(dtype: torch.dtype, q_norm_weight: Tensor, q_norm_bias: Tenso
     return [query, folded.query_bias, keys, values, out, out_bias]
 
 
-def fwd(x: Tensor, corners: Tensor, num_windows: int, q_norm_weight: Tensor, q_norm_bias: Tensor, wq: Tensor,
-        kv_norm_weight: Tensor, kv_norm_bias: Tensor, wkv: Tensor, wp: Tensor, bp: Tensor, num_heads: int, window: int,
-        eps: float, scale: float | None) -> Tensor:
-    return _pool(x, corners, num_windows, q_norm_weight, q_norm_bias, wq, kv_norm_weight, kv_norm_bias, wkv, wp, bp,
-                 num_heads, window, eps, scale, kept=[])
+def fwd(*inputs: Any) -> Tensor:
+    return _pool(*inputs, kept=[])
 
 
 def keep(x: Tensor, corners: Tensor, num_windows: int, *others: Any) -> tuple[Tensor, list[Tensor]]:
