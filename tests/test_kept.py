@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,6 +136,23 @@ def test_memory_is_used_again_and_its_neighbours_join(order: tuple[int, ...]) ->
     assert both.data_ptr() == low
     both.fill_(1)
     assert kept.data_ptr() != low
+
+
+def lent() -> int:
+    """Bytes of this process that the system may take if it runs short."""
+    rollup = Path("/proc/self/smaps_rollup").read_text()
+    return 1024 * int(rollup.split("LazyFree:")[1].split()[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="other systems do not tell")
+def test_memory_is_lent_once_more_is_free_than_taken() -> None:
+    most = 20 * LARGE
+    taken = [result(size).fill_(1) for size in (most, LARGE)]
+    before = lent()
+    taken.pop()
+    assert lent() <= before
+    taken.pop()
+    assert lent() >= before + 4 * most
 
 
 def test_results_outlive_threads_and_nothing_else() -> None:

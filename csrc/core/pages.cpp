@@ -17,6 +17,10 @@ namespace {
 
 constexpr size_t kUnit = size_t(1) << 16;
 
+// Free memory is lent to the system once there is more of it than is taken, and at least this much: lending interrupts
+// the other processors, and what is about to be taken again gains nothing by it.
+constexpr size_t kLeastLent = size_t(64) << 20;
+
 #ifdef __linux__
 constexpr size_t kRegion = size_t(16) << 30;  // addresses asked for at a time; only what is written takes memory
 
@@ -36,6 +40,7 @@ char* reserve(size_t bytes) { return static_cast<char*>(std::aligned_alloc(kUnit
 struct Pages {
   std::mutex mutex;
   std::map<char*, size_t> free, taken;
+  size_t in_use = 0, unlent = 0;  // bytes; unlent is what was given back since the last lending, less what was taken
 
   char* cut(size_t bytes) {
     for (auto block = free.begin(); block != free.end(); ++block) {
@@ -44,6 +49,8 @@ struct Pages {
       free.erase(block);
       if (size > bytes) free[data + bytes] = size - bytes;
       taken[data] = bytes;
+      in_use += bytes;
+      unlent -= bytes < unlent ? bytes : unlent;
       return data;
     }
     return nullptr;
@@ -61,6 +68,23 @@ struct Pages {
     if (before->first + before->second != data) return;
     before->second += block->second;
     free.erase(block);
+  }
+
+  void give(char* data) {
+    const auto found = taken.find(data);
+    const size_t bytes = found->second;
+    taken.erase(found);
+    join(data, bytes);
+    in_use -= bytes;
+    unlent += bytes;
+    if (unlent > in_use && unlent >= kLeastLent) lend();
+  }
+
+  void lend() {
+#ifdef MADV_FREE
+    for (const auto& [data, bytes] : free) madvise(data, bytes, MADV_FREE);
+#endif
+    unlent = 0;
   }
 
   void grow(size_t bytes) {
@@ -94,13 +118,7 @@ void* take_pages(int64_t count) {
 void give_pages(void* data) {
   Pages& all = pages();
   const std::lock_guard<std::mutex> lock(all.mutex);
-  const auto found = all.taken.find(static_cast<char*>(data));
-  const auto [block, bytes] = *found;
-  all.taken.erase(found);
-#ifdef MADV_FREE
-  madvise(block, bytes, MADV_FREE);
-#endif
-  all.join(block, bytes);
+  all.give(static_cast<char*>(data));
 }
 
 }  // namespace panda
