@@ -175,13 +175,13 @@ void attention_pool_gradient(const Tensor& grad, const Tensor& x, const Tensor& 
                                  to);
 }
 
-void divide(int64_t c, int64_t heads) {
+void check_heads(int64_t c, int64_t heads) {
   STD_TORCH_CHECK(heads > 0 && c % heads == 0, "panda_kernels: ", heads, " heads do not divide ", c, " channels");
 }
 
 panda::WindowPoolWeights window_weights(panda::Dtype dtype, int64_t c, int64_t heads, int64_t window, double eps,
                                         const Tensor* w) {
-  divide(c, heads);
+  check_heads(c, heads);
   return {c,
           heads,
           window * window,
@@ -224,29 +224,43 @@ panda::KeptWindows kept_windows(panda::Dtype dtype, int64_t windows, int64_t c, 
   return {static_cast<char*>(out(k[0], dtype, shape)), static_cast<char*>(out(k[1], dtype, shape))};
 }
 
-void window_attention_pool(const Tensor& x, const Tensor& corners, const std::vector<Tensor>& weights, int64_t heads,
-                           int64_t window, double eps, Tensor y, std::vector<Tensor> kept) {
+panda::Windows windows_of(const Tensor& x, const std::optional<Tensor>& added, const Tensor& corners, int64_t window) {
   const panda::Dtype dtype = dtype_of(x);
   const auto [frames, h, w, c] = sizes<4>(x);
-  const int64_t* rectangles = integers(corners, {frames, 4});
-  const int64_t windows = count(rectangles, frames, h, w, window).windows;
-  void* to = out(y, dtype, {windows, c});
-  panda::window_attention_pool(dtype, in(x, dtype, {frames, h, w, c}), rectangles, frames, h, w, window,
-                               window_weights(dtype, c, heads, window, eps, list(weights, 6)), to,
-                               kept_windows(dtype, windows, c, kept));
+  const Shape shape = {frames, h, w, c};
+  return {in(x, dtype, shape),
+          added ? in(*added, dtype, shape) : nullptr,
+          integers(corners, {frames, 4}),
+          frames,
+          h,
+          w,
+          window};
+}
+
+int64_t count(const panda::Windows& a) { return count(a.corners, a.frames, a.h, a.w, a.window).windows; }
+
+void window_attention_pool(const Tensor& x, const std::optional<Tensor>& added, const Tensor& corners,
+                           const std::vector<Tensor>& weights, int64_t heads, int64_t window, double eps, Tensor y,
+                           std::vector<Tensor> kept) {
+  const panda::Dtype dtype = dtype_of(x);
+  const panda::Windows windows = windows_of(x, added, corners, window);
+  const int64_t c = x.size(3), held = count(windows);
+  void* to = out(y, dtype, {held, c});
+  panda::window_attention_pool(dtype, windows, window_weights(dtype, c, heads, window, eps, list(weights, 6)), to,
+                               kept_windows(dtype, held, c, kept));
 }
 
 // weights: keys, those of WindowPoolReturn and, where nothing is kept, query, its bias and values; sums as in
 // WindowPoolSums.
-void window_attention_pool_gradient(const Tensor& grad, const Tensor& x, const Tensor& corners,
-                                    const std::vector<Tensor>& weights, int64_t heads, int64_t window, double eps,
-                                    const std::vector<Tensor>& kept, Tensor grad_x, std::vector<Tensor> sums) {
+void window_attention_pool_gradient(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& added,
+                                    const Tensor& corners, const std::vector<Tensor>& weights, int64_t heads,
+                                    int64_t window, double eps, const std::vector<Tensor>& kept, Tensor grad_x,
+                                    std::vector<Tensor> sums) {
   const panda::Dtype dtype = dtype_of(x);
-  const auto [frames, h, w, c] = sizes<4>(x);
-  const int64_t* rectangles = integers(corners, {frames, 4});
-  const int64_t windows = count(rectangles, frames, h, w, window).windows;
-  const void* from = in(grad, dtype, {windows, c});
-  divide(c, heads);
+  const panda::Windows windows = windows_of(x, added, corners, window);
+  const int64_t c = x.size(3), held = count(windows);
+  const void* from = in(grad, dtype, {held, c});
+  check_heads(c, heads);
   const Tensor* all = list(weights, kept.empty() ? 8 : 5);
   panda::WindowPoolWeights forward{c, heads, window * window, float(eps)};
   forward.keys = packed(all[0], dtype, c, c / heads, heads);
@@ -261,9 +275,9 @@ void window_attention_pool_gradient(const Tensor& grad, const Tensor& x, const T
   const panda::WindowPoolSums to{floats_out(s[0], {c, c}), floats_out(s[1], {c}), floats_out(s[2], {c, c}),
                                  floats_out(s[3], {c, c}), floats_out(s[4], {c}), floats_out(s[5], {c, c}),
                                  floats_out(s[6], {c})};
-  panda::window_attention_pool_gradient(dtype, from, in(x, dtype, {frames, h, w, c}), rectangles, frames, h, w, window,
-                                        forward, back, out(grad_x, dtype, {frames, h, w, c}), to,
-                                        kept_windows(dtype, windows, c, kept));
+  panda::window_attention_pool_gradient(dtype, from, windows, forward, back,
+                                        out(grad_x, dtype, {windows.frames, windows.h, windows.w, c}), to,
+                                        kept_windows(dtype, held, c, kept));
 }
 
 constexpr int64_t kLargestSide = 1 << 20;  // where the grid is not known; beyond, the counts could overflow
@@ -415,11 +429,11 @@ STABLE_TORCH_LIBRARY(panda_kernels_cpu, m) {
       "attention_pool_gradient(Tensor grad, Tensor x, Tensor queries, Tensor offsets, float eps, Tensor(a!) grad_x, "
       "Tensor(b!) grad_queries) -> ()");
   m.def(
-      "window_attention_pool(Tensor x, Tensor corners, Tensor[] weights, int heads, int window, float eps, "
-      "Tensor(a!) y, Tensor(b!)[] kept) -> ()");
+      "window_attention_pool(Tensor x, Tensor? added, Tensor corners, Tensor[] weights, int heads, int window, "
+      "float eps, Tensor(a!) y, Tensor(b!)[] kept) -> ()");
   m.def(
-      "window_attention_pool_gradient(Tensor grad, Tensor x, Tensor corners, Tensor[] weights, int heads, int window, "
-      "float eps, Tensor[] kept, Tensor(a!) grad_x, Tensor(b!)[] sums) -> ()");
+      "window_attention_pool_gradient(Tensor grad, Tensor x, Tensor? added, Tensor corners, Tensor[] weights, "
+      "int heads, int window, float eps, Tensor[] kept, Tensor(a!) grad_x, Tensor(b!)[] sums) -> ()");
   m.def("assemble_tokens(Tensor y, Tensor f, Tensor split, Tensor corners, int window, Tensor(a!) tokens) -> ()");
   m.def(
       "assemble_tokens_gradient(Tensor grad, Tensor corners, int window, Tensor(a!) y, Tensor(b!) f, "

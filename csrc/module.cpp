@@ -189,25 +189,27 @@ void run_attention_pool_gradient(const py::array& grad, const py::array& x, cons
 }
 
 // weights: as in WindowPoolWeights.
-void run_window_attention_pool(const py::array& x, const py::array& corners, const py::list& w, int64_t heads,
-                               int64_t window, float eps, const py::array& y) {
+Windows windows_of(const py::array& x, const py::object& added, const py::array& corners, int64_t window) {
+  return {in(x), in(added), integers(corners), x.shape(0), x.shape(1), x.shape(2), window};
+}
+
+void run_window_attention_pool(const py::array& x, const py::object& added, const py::array& corners, const py::list& w,
+                               int64_t heads, int64_t window, float eps, const py::array& y) {
   const WindowPoolWeights weights{x.shape(3),   heads,    window * window, eps,      in(w[0]),
                                   floats(w[1]), in(w[2]), in(w[3]),        in(w[4]), floats(w[5])};
-  window_attention_pool(dtype_of(x), in(x), integers(corners), x.shape(0), x.shape(1), x.shape(2), window, weights,
-                        out(y));
+  window_attention_pool(dtype_of(x), windows_of(x, added, corners, window), weights, out(y));
 }
 
 // weights: as in WindowPoolWeights, then as in WindowPoolReturn; sums: as in WindowPoolSums.
-void run_window_attention_pool_gradient(const py::array& grad, const py::array& x, const py::array& corners,
-                                        const py::list& w, int64_t heads, int64_t window, float eps,
-                                        const py::array& grad_x, const py::list& sums) {
+void run_window_attention_pool_gradient(const py::array& grad, const py::array& x, const py::object& added,
+                                        const py::array& corners, const py::list& w, int64_t heads, int64_t window,
+                                        float eps, const py::array& grad_x, const py::list& sums) {
   const WindowPoolWeights weights{x.shape(3),   heads,    window * window, eps,      in(w[0]),
                                   floats(w[1]), in(w[2]), in(w[3]),        in(w[4]), floats(w[5])};
   const WindowPoolReturn back{in(w[6]), in(w[7]), in(w[8]), in(w[9])};
   const auto sum = [&sums](int i) { return static_cast<float*>(out(sums[i])); };
-  window_attention_pool_gradient(dtype_of(x), in(grad), in(x), integers(corners), x.shape(0), x.shape(1), x.shape(2),
-                                 window, weights, back, out(grad_x),
-                                 {sum(0), sum(1), sum(2), sum(3), sum(4), sum(5), sum(6)});
+  window_attention_pool_gradient(dtype_of(x), in(grad), windows_of(x, added, corners, window), weights, back,
+                                 out(grad_x), {sum(0), sum(1), sum(2), sum(3), sum(4), sum(5), sum(6)});
 }
 
 void run_assemble_tokens(const py::array& y, const py::array& f, const py::array& split, const py::array& corners,
@@ -267,9 +269,9 @@ PYBIND11_MODULE(panda_core, m) {
   m.def("attention_pool", &run_attention_pool, "x"_a, "queries"_a, "offsets"_a, "eps"_a, "z"_a);
   m.def("attention_pool_gradient", &run_attention_pool_gradient, "grad"_a, "x"_a, "queries"_a, "offsets"_a, "eps"_a,
         "grad_x"_a, "grad_queries"_a);
-  m.def("window_attention_pool", &run_window_attention_pool, "x"_a, "corners"_a, "weights"_a, "heads"_a, "window"_a,
-        "eps"_a, "y"_a);
-  m.def("window_attention_pool_gradient", &run_window_attention_pool_gradient, "grad"_a, "x"_a, "corners"_a,
+  m.def("window_attention_pool", &run_window_attention_pool, "x"_a, "added"_a, "corners"_a, "weights"_a, "heads"_a,
+        "window"_a, "eps"_a, "y"_a);
+  m.def("window_attention_pool_gradient", &run_window_attention_pool_gradient, "grad"_a, "x"_a, "added"_a, "corners"_a,
         "weights"_a, "heads"_a, "window"_a, "eps"_a, "grad_x"_a, "sums"_a);
   m.def("assemble_tokens", &run_assemble_tokens, "y"_a, "f"_a, "split"_a, "corners"_a, "window"_a, "tokens"_a);
   m.def("linear", &run_linear, "x"_a, "w"_a, "bias"_a, "quick_gelu"_a, "y"_a);

@@ -56,8 +56,8 @@ def pool_arguments() -> Arguments:
 def window_pool_arguments() -> Arguments:
     weights = [packed(16, 16), torch.zeros(16), packed(2, 8, 16, transposed=True), packed(2, 8, 16), packed(16, 16),
                torch.zeros(16)]
-    return {"x": torch.zeros(2, 4, 6, 16), "corners": rectangles(1, 4, 2, 6), "weights": weights, "heads": 2,
-            "window": 2, "eps": 1e-5, "y": torch.empty(8, 16), "kept": []}
+    return {"x": torch.zeros(2, 4, 6, 16), "added": None, "corners": rectangles(1, 4, 2, 6), "weights": weights,
+            "heads": 2, "window": 2, "eps": 1e-5, "y": torch.empty(8, 16), "kept": []}
 
 
 def assemble_arguments() -> Arguments:
@@ -171,6 +171,7 @@ PIXELS: list[Arguments] = [
 NOT_KEPT = [[torch.zeros(8, 16)], kept_windows() + kept_windows()[:1], [torch.zeros(8, 16), torch.zeros(7, 16)],
             [torch.zeros(8, 17), torch.zeros(8, 16)], [torch.zeros(8, 16), torch.zeros(8, 16).bfloat16()],
             [torch.zeros(16, 8).T, torch.zeros(8, 16)]]
+NOT_ADDED = torch.zeros(1, 4, 6, 16), torch.zeros(2, 4, 6, 16).bfloat16(), torch.zeros(2, 6, 4, 16).transpose(1, 2)
 
 
 def each(name: str, *values: Any) -> list[Arguments]:
@@ -231,7 +232,8 @@ WRONG: dict[str, list[Arguments]] = {
         *damaged("window_attention_pool"), *each("corners", *OUTSIDE), *each("heads", 0, -2, 3, 4),
         *each("window", 0, -2, 1, 3), *each("kept", *NOT_KEPT),
         *each("y", torch.empty(7, 16), torch.empty(9, 16), torch.empty(8, 15), torch.empty(8, 16).bfloat16()),
-        *each("x", torch.zeros(2, 4, 6, 16).transpose(1, 2), torch.zeros(2, 4, 6, 17), torch.zeros(4, 6, 16))],
+        *each("x", torch.zeros(2, 4, 6, 16).transpose(1, 2), torch.zeros(2, 4, 6, 17), torch.zeros(4, 6, 16)),
+        *each("added", *NOT_ADDED)],
     "assemble_tokens": [
         *each("corners", *NOT_RECTANGLES, rectangles(0, 2**40, 2, 6)), *each("window", 0, 1),
         *each("y", torch.zeros(7, 16), torch.zeros(8, 15), torch.zeros(8, 16).bfloat16(), torch.zeros(16, 8).T),
@@ -282,7 +284,8 @@ WRONG: dict[str, list[Arguments]] = {
         *each("corners", *OUTSIDE), *each("heads", 0, -2, 3, 4), *each("window", 0, -2, 1, 3),
         *each("grad", torch.zeros(7, 16), torch.zeros(9, 16), torch.zeros(8, 16).bfloat16()),
         *each("grad_x", torch.empty(1, 4, 6, 16), torch.empty(2, 4, 6, 16).bfloat16()),
-        *each("x", torch.zeros(2, 4, 6, 16).transpose(1, 2), torch.zeros(2, 4, 6, 17), torch.zeros(4, 6, 16))],
+        *each("x", torch.zeros(2, 4, 6, 16).transpose(1, 2), torch.zeros(2, 4, 6, 17), torch.zeros(4, 6, 16)),
+        *each("added", *NOT_ADDED)],
     "product": [
         *each("x", torch.zeros(4, 24), torch.zeros(5, 25), torch.zeros(24, 5).T, torch.zeros(5, 24).bfloat16(),
               torch.zeros(5, 24).half(), torch.zeros(120)),
@@ -317,6 +320,8 @@ def test_takes_images_without_what_clips_need() -> None:
     KERNELS.stab_tower(**image_arguments())
     KERNELS.depthwise_conv3d(**depthwise_arguments() | {"bias": None})
     KERNELS.product(**product_arguments() | {"bias": None, "residual": None})
+    for name, arguments in (("", window_pool_arguments()), ("_gradient", window_pool_gradient_arguments())):
+        getattr(KERNELS, f"window_attention_pool{name}")(**arguments | {"added": torch.zeros(2, 4, 6, 16)})
 
 
 def test_takes_what_is_kept_and_then_no_weights_to_compute_it_again() -> None:

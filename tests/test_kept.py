@@ -15,9 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import panda_kernels
+from panda_kernels import Rectangles
 from panda_kernels.backends.cpu._arrays import column_products
-from panda_kernels.nn import STAB
-from panda_kernels.nn.dense_connection import dense_connection
+from panda_kernels.nn import LSD, STAB
+from panda_kernels.nn.dense_connection import Sum, dense_connection
 from panda_kernels.nn.few_rows import FewRows
 from panda_kernels.ops import SPECS
 from panda_kernels.spec import Inputs, Tolerance, relative_error
@@ -167,16 +168,21 @@ def test_results_outlive_threads_and_nothing_else() -> None:
     assert len({x.data_ptr() for x in found}) == len(found)
 
 
+def whole(tokens: Sum) -> Tensor:
+    return tokens.x if tokens.added is None else tokens.x + tokens.added
+
+
 def dense_gradients(x0: Tensor, x2: Tensor, weights: list[Tensor], *, plain: bool) -> list[Tensor]:
     """Of all three where each has more than one consumer, x0 before and behind the sum, as in STAB."""
     leaves = x0.clone().requires_grad_(), x2.clone().requires_grad_()
     x0, x2 = leaves[0] * 1, leaves[1] * 1
     loss = (x0 * weights[0]).sum()
-    x2, x3 = (x2, x2 + x0) if plain else dense_connection(x2, x0, backend="cpu")
-    x3.retain_grad()
-    loss = loss + (x2 * weights[1]).sum() + (x3.flatten() * weights[2].flatten()).sum() + (x0 * weights[3]).sum()
+    x2, x3 = (x2, Sum(x2 + x0)) if plain else dense_connection(x2, x0, backend="cpu")
+    assert plain or x3.added is not None
+    x3.x.retain_grad()
+    loss = loss + (x2 * weights[1]).sum() + (whole(x3).flatten() * weights[2].flatten()).sum() + (x0 * weights[3]).sum()
     loss.backward()
-    return [x.grad for x in (*leaves, x3) if x.grad is not None]
+    return [x.grad for x in (*leaves, x3.x) if x.grad is not None]
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4), (3, 1024, 1024)])
@@ -191,16 +197,61 @@ def test_dense_connection_has_the_gradients_of_a_sum(shape: tuple[int, ...]) -> 
 def test_dense_connection_where_only_the_sum_is_used() -> None:
     x0, x2 = (torch.randn(2, 3, requires_grad=True) for _ in range(2))
     _, x3 = dense_connection(x2, x0, backend="cpu")
-    assert torch.equal(x3, x2 + x0)
-    x3.sum().backward()
+    assert torch.equal(whole(x3), x2 + x0)
+    whole(x3).sum().backward()
     torch.testing.assert_close([x0.grad, x2.grad], [torch.ones(2, 3)] * 2)
 
 
 def test_dense_connection_is_a_plain_sum_elsewhere() -> None:
     x0, x2 = torch.randn(2, 3, dtype=torch.float64, requires_grad=True), torch.randn(2, 3)
-    assert dense_connection(x2, x0, backend="auto")[1].dtype == torch.float64
-    assert dense_connection(x2.bfloat16(), x2, backend="auto")[1].dtype == torch.float32
-    assert dense_connection(x2, x2, backend="torch")[0] is x2
+    for a, b, backend in ((x2, x0, "auto"), (x2.bfloat16(), x2, "auto"), (x2, x2, "torch")):
+        same, x3 = dense_connection(a, b, backend=backend)
+        assert same is a and x3.added is None and torch.equal(x3.x, a + b)
+
+
+def attended(case: str, dtype: torch.dtype, *, summed: bool, backend: str = "cpu",
+             within: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    """LSD of a sum of two in ``dtype`` and its gradients, of the tokens first."""
+    sizes = SPECS["window_attention_pool"].test_sizes[case]
+    torch.manual_seed(0)
+    lsd = LSD(sizes["channels"], sizes.get("num_heads", 8), window=sizes.get("window", 2)).to(dtype).to(within or dtype)
+    lsd.backend = backend
+    shape = len(sizes["corners"]), *sizes["grid"], sizes["channels"]
+    x, added = (torch.randn(shape).to(dtype).to(within or dtype).requires_grad_() for _ in range(2))
+    rectangles = Rectangles.from_corners(sizes["corners"], lsd.window)
+    y = lsd(x + added.detach(), rectangles) if summed else lsd(x, rectangles, added=added)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(y.dtype)
+    grads = torch.autograd.grad(y, (x, *lsd.parameters(), added), grad, allow_unused=True)
+    assert grads[-1] is None and (summed or backend != "cpu" or y.grad_fn.name() == "_KeptBackward")
+    return y, *grads[:-1]
+
+
+ATTENDED = tuple(SPECS["window_attention_pool"].test_sizes)
+
+
+@pytest.mark.parametrize("case", ATTENDED)
+@pytest.mark.parametrize(("backend", "dtype"), [("cpu", torch.float32), ("torch", torch.float32),
+                                                ("auto", torch.float64)])
+def test_a_sum_is_attended_as_if_it_were_summed(case: str, backend: str, dtype: torch.dtype) -> None:
+    found, expected = (attended(case, dtype, summed=summed, backend=backend) for summed in (False, True))
+    assert_same(found, expected)
+
+
+def test_what_is_added_has_the_shape_of_the_tokens() -> None:
+    x, rectangles = torch.randn(1, 2, 4, 16), Rectangles.full(1, 2, 4)
+    with pytest.raises(ValueError, match=r"added: expected shape \[1, 2, 4, 16\]"):
+        LSD(16)(x, rectangles, added=x[..., :1])
+
+
+@pytest.mark.parametrize("case", ATTENDED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_not_summed_is_not_rounded(case: str, dtype: torch.dtype) -> None:
+    exact = attended(case, dtype, summed=True, backend="torch", within=torch.float64)
+    found, rounded = (attended(case, dtype, summed=summed) for summed in (False, True))
+    for ours, summed, wanted in zip(found, rounded, exact, strict=True):
+        limit = Tolerance().limit(relative_error(summed, wanted), dtype, backward=True)
+        assert relative_error(ours, wanted) <= limit
+    assert relative_error(found[0], exact[0]) < relative_error(rounded[0], exact[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -124,20 +124,21 @@ void attention_pool(const Pooling& a) {
   for (int64_t s = 0; s < a.samples; ++s) kernels().pool_finish(pool(s), total(s), a.z + s * a.n * a.c);
 }
 
-void window_attention_pool(Dtype dtype, const void* x, const int64_t* corners, int64_t frames, int64_t h, int64_t w,
-                           int64_t window, const WindowPoolWeights& weights, void* y, const KeptWindows& kept) {
-  const int64_t token = weights.c * size_of(dtype), size = window * window;
-  const std::vector<int64_t> held = window_tokens_of(corners, frames, h, w, window);
+void window_attention_pool(Dtype dtype, const Windows& windows, const WindowPoolWeights& weights, void* y,
+                           const KeptWindows& kept) {
+  const int64_t token = weights.c * size_of(dtype), size = weights.size;
+  const std::vector<int64_t> held = window_tokens_of(windows);
   const int64_t count = int64_t(held.size()) / size;
   const int64_t block = std::min(count, tuning().band_tokens);
   WindowPool pool(dtype, weights, block);
   for (int64_t first = 0; first < count; first += block) {
     const int64_t end = std::min(count, first + block);
-    std::vector<const void*> tokens;
+    const int64_t* here = held.data() + first * size;
+    const auto tokens = rows_at(windows.x, here, (end - first) * size, token);
+    const auto added = rows_at(windows.added, here, (end - first) * size, token);
     std::vector<void*> out;
-    for (int64_t i = first * size; i < end * size; ++i) tokens.push_back(static_cast<const char*>(x) + held[i] * token);
     for (int64_t m = first; m < end; ++m) out.push_back(static_cast<char*>(y) + m * token);
-    pool.run(tokens.data(), nullptr, end - first, out.data(),
+    pool.run(tokens.data(), windows.added ? added.data() : nullptr, end - first, out.data(),
              kept.from(first * padded_k(dtype, weights.c) * size_of(dtype)));
   }
 }

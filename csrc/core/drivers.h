@@ -44,9 +44,8 @@ void attention_pool(const Pooling&);
 // share them; grad is that of z, which is not written.
 void attention_pool_gradient(const Pooling&, const float* grad, int64_t tokens, void* grad_x, float* grad_queries);
 
-// x [frames][h][w][c] and corners as in tower.h -> y [windows][c].
-void window_attention_pool(Dtype, const void* x, const int64_t* corners, int64_t frames, int64_t h, int64_t w,
-                           int64_t window, const WindowPoolWeights&, void* y, const KeptWindows& kept = {});
+// Corners as in tower.h; y [windows][c].
+void window_attention_pool(Dtype, const Windows&, const WindowPoolWeights&, void* y, const KeptWindows& kept = {});
 
 // Per frame [f; row of y; split; row of y; split; ...].
 void assemble_tokens(Dtype, const void* y, const void* f, const void* split, const int64_t* corners, int64_t frames,

@@ -10,14 +10,14 @@
 
 namespace panda {
 
-std::vector<int64_t> window_tokens_of(const int64_t* corners, int64_t frames, int64_t h, int64_t w, int64_t window) {
+std::vector<int64_t> window_tokens_of(const Windows& a) {
   std::vector<int64_t> tokens;
-  for (int64_t frame = 0; frame < frames; ++frame) {
-    const int64_t* c = corners + frame * 4;
-    for (int64_t i = c[0]; i + window <= c[1]; i += window)
-      for (int64_t j = c[2]; j + window <= c[3]; j += window)
-        for (int64_t k = 0; k < window * window; ++k)
-          tokens.push_back((frame * h + i + k / window) * w + j + k % window);
+  for (int64_t frame = 0; frame < a.frames; ++frame) {
+    const int64_t* c = a.corners + frame * 4;
+    for (int64_t i = c[0]; i + a.window <= c[1]; i += a.window)
+      for (int64_t j = c[2]; j + a.window <= c[3]; j += a.window)
+        for (int64_t k = 0; k < a.window * a.window; ++k)
+          tokens.push_back((frame * a.h + i + k / a.window) * a.w + j + k % a.window);
   }
   return tokens;
 }

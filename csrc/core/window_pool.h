@@ -2,6 +2,7 @@
 // values projected after pooling (SPEC, "The same function, cheaper").
 #pragma once
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "gemm.h"
@@ -29,8 +30,25 @@ struct KeptWindows {
   KeptWindows from(int64_t bytes) const { return query ? KeptWindows{query + bytes, heads + bytes} : KeptWindows{}; }
 };
 
-// Which tokens [frames][h][w] the windows of all rectangles hold, [windows][window^2].
-std::vector<int64_t> window_tokens_of(const int64_t* corners, int64_t frames, int64_t h, int64_t w, int64_t window);
+// The windows of all rectangles of a grid of tokens: x, or x + added where that is not null.
+struct Windows {
+  const void* x;      // [frames][h][w][c]
+  const void* added;  // as x
+  const int64_t* corners;
+  int64_t frames, h, w, window;
+};
+
+// Which tokens they hold, [windows][window^2].
+std::vector<int64_t> window_tokens_of(const Windows&);
+
+// Where `count` of them lie in a tensor of rows of `bytes`; empty if that is null.
+template <class Void>
+std::vector<Void*> rows_at(Void* data, const int64_t* tokens, int64_t count, int64_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<Void>, const char, char>;
+  std::vector<Void*> rows;
+  for (int64_t i = 0; data && i < count; ++i) rows.push_back(static_cast<Byte*>(data) + tokens[i] * bytes);
+  return rows;
+}
 
 class WindowPool {
  public:

@@ -43,11 +43,11 @@ class ChunkGradient {
       std::memset(rows->data(), 0, row_bytes());
   }
 
-  // grad [count][c]; places[m * size + j] receives the gradient of tokens[m * size + j].
-  void run(const void* grad, const void* const* tokens, void* const* places, int64_t count, const WindowPoolSums& sums,
-           bool add, const KeptWindows& kept) {
+  // grad [count][c]; tokens and added as in WindowTokens, places as in WindowTokensGradient.
+  void run(const void* grad, const void* const* tokens, const void* const* added, void* const* places, int64_t count,
+           const WindowPoolSums& sums, bool add, const KeptWindows& kept) {
     const KeptWindows rows = kept.query ? kept : KeptWindows{query_.data(), heads_.data()};
-    const WindowTokens windows{dtype_,  tokens, nullptr,      w_.size,      c_,
+    const WindowTokens windows{dtype_,  tokens, added,        w_.size,      c_,
                                stride_, w_.eps, xhat_.data(), mean_.data(), normalised_.data()};
     parallel_for(count, [&](int64_t first, int64_t last) { kernels().window_tokens(windows, first, last); });
     if (!kept.query) multiply(normalised_.data(), w_.query, w_.query_bias, query_.data(), count);
@@ -62,8 +62,9 @@ class ChunkGradient {
     Gemm g{grad_query_.data(), stride_, back_.query, c_, c_, grad_normalised_.data(), c_};
     g.c_is_float = true;
     product(dtype_, g, count);
-    const WindowTokensGradient out{dtype_, tokens,  grad, mean_.data(), grad_normalised_.data(), grad_xhat_.data(),
-                                   places, w_.size, c_,   w_.eps};
+    const WindowTokensGradient out{
+        dtype_, tokens,  added, grad,  mean_.data(), grad_normalised_.data(), grad_xhat_.data(),
+        places, w_.size, c_,    w_.eps};
     parallel_for(count, [&](int64_t first, int64_t last) { kernels().window_tokens_gradient(out, first, last); });
     add_sums(rows, grad, count, sums, add);
   }
@@ -144,29 +145,23 @@ class ChunkGradient {
 
 }  // namespace
 
-void window_attention_pool_gradient(Dtype dtype, const void* grad, const void* x, const int64_t* corners,
-                                    int64_t frames, int64_t h, int64_t w, int64_t window,
+void window_attention_pool_gradient(Dtype dtype, const void* grad, const Windows& windows,
                                     const WindowPoolWeights& weights, const WindowPoolReturn& back, void* grad_x,
                                     const WindowPoolSums& sums, const KeptWindows& kept) {
-  const int64_t token = weights.c * size_of(dtype), frame = h * w * token;
-  parallel_for(frames, [&](int64_t first, int64_t last) {
+  const int64_t token = weights.c * size_of(dtype), frame = windows.h * windows.w * token;
+  parallel_for(windows.frames, [&](int64_t first, int64_t last) {
     std::memset(static_cast<char*>(grad_x) + first * frame, 0, (last - first) * frame);
   });
-  const std::vector<int64_t> tokens = window_tokens_of(corners, frames, h, w, window);
-  const int64_t size = window * window, count = int64_t(tokens.size()) / size;
+  const std::vector<int64_t> held = window_tokens_of(windows);
+  const int64_t size = weights.size, count = int64_t(held.size()) / size;
   ChunkGradient chunk(dtype, weights, back, std::min(count, kChunk));
-  std::vector<const void*> from;
-  std::vector<void*> to;
   for (int64_t first = 0; first < count; first += kChunk) {
-    const int64_t windows = std::min(kChunk, count - first);
-    from.clear();
-    to.clear();
-    for (int64_t i = first * size; i < (first + windows) * size; ++i) {
-      from.push_back(static_cast<const char*>(x) + tokens[i] * token);
-      to.push_back(static_cast<char*>(grad_x) + tokens[i] * token);
-    }
-    chunk.run(static_cast<const char*>(grad) + first * token, from.data(), to.data(), windows, sums, first > 0,
-              kept.from(first * padded_k(dtype, weights.c) * size_of(dtype)));
+    const int64_t some = std::min(kChunk, count - first), *here = held.data() + first * size;
+    const auto tokens = rows_at(windows.x, here, some * size, token);
+    const auto added = rows_at(windows.added, here, some * size, token);
+    const auto places = rows_at(grad_x, here, some * size, token);
+    chunk.run(static_cast<const char*>(grad) + first * token, tokens.data(), windows.added ? added.data() : nullptr,
+              places.data(), some, sums, first > 0, kept.from(first * padded_k(dtype, weights.c) * size_of(dtype)));
   }
 }
 

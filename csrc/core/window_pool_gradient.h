@@ -21,9 +21,9 @@ struct WindowPoolSums {
   float *query, *query_bias, *keys, *values, *values_bias, *out, *out_bias;
 };
 
-// x, corners and weights as in window_attention_pool(), grad that of its result; grad_x is zero outside the windows.
-void window_attention_pool_gradient(Dtype, const void* grad, const void* x, const int64_t* corners, int64_t frames,
-                                    int64_t h, int64_t w, int64_t window, const WindowPoolWeights&,
+// Windows and weights as in window_attention_pool(), grad that of its result. grad_x, of the tokens, is zero outside
+// the windows.
+void window_attention_pool_gradient(Dtype, const void* grad, const Windows&, const WindowPoolWeights&,
                                     const WindowPoolReturn&, void* grad_x, const WindowPoolSums&,
                                     const KeptWindows& kept = {});
 

@@ -6,8 +6,8 @@
 
 namespace panda {
 
-// A window has `size` tokens. tokens[m * size + j] is token j of window m; where `added` is not null, the token is the
-// sum of the two. For each window in [first, last): its normalised tokens, their mean before normalisation, and the
+// A window has `size` tokens. Token j of window m is tokens[m * size + j], plus added[m * size + j] where that is not
+// null. For each window in [first, last): its normalised tokens, their mean before normalisation, and the
 // mean normalised. Rows of xhat and query are `stride` apart and zero beyond c.
 struct WindowTokens {
   Dtype dtype;
@@ -49,6 +49,7 @@ struct WindowGradient {
 struct WindowTokensGradient {
   Dtype dtype;
   const void* const* tokens;
+  const void* const* added;
   const void* grad;        // [m][c], of the result
   const float* mean;       // [m][c]
   const float* grad_mean;  // [m][c], of the mean normalised

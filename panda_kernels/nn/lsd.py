@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..checks import Checks
+from ..ops.window_attention_pool import of_sum
 from ..rectangles import Rectangles
 from .has_backend import HasBackend
 
@@ -47,16 +48,20 @@ class LSD(HasBackend):
         self.kv = key_value_projection(dim, device=device, dtype=dtype)
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, rectangles: Rectangles) -> Tensor:
+    def forward(self, x: Tensor, rectangles: Rectangles, *, added: Tensor | None = None) -> Tensor:
         """Tokens ``[frames, h, w, C]`` of the parameters' dtype -> windows of all frames, packed ``[num_windows, C]``.
+
+        With ``added``, as ``x``, the tokens are the sum, whose gradient ``x`` receives and ``added`` does not.
 
         Raises:
             ValueError: a wrong rank, C or number of rectangles, an empty batch, or tensors on several devices.
             TypeError: dtypes that differ.
         """
-        return ops.window_attention_pool(x, rectangles.corners, rectangles.num_windows, *self.weights(),
-                                         num_heads=self.num_heads, window=self.window, eps=self.eps,
-                                         backend=self.backend)
+        windows = rectangles.corners, rectangles.num_windows, *self.weights()
+        options: Any = {"num_heads": self.num_heads, "window": self.window, "eps": self.eps, "backend": self.backend}
+        if added is None:
+            return ops.window_attention_pool(x, *windows, **options)
+        return of_sum(x, added, *windows, **options)
 
     @property
     def eps(self) -> float:

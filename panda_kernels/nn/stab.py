@@ -12,7 +12,7 @@ from ..checks import Checks
 from ..ops._rectangle_values import check_corners
 from ..rectangles import Rectangles
 from . import lste_fp8
-from .dense_connection import dense_connection
+from .dense_connection import Sum, dense_connection
 from .folding import Folded, can_fold, can_serve
 from .fsra import FSRA
 from .gstra import GSTRA
@@ -213,16 +213,17 @@ class STAB(HasBackend, fp8.HasProducts):
 
     def _compose(self, pixel_values: Tensor, rectangles: Rectangles, present: Tensor | None) -> Tensor:
         folded = self._folded.get() if can_fold(self) else _NOTHING_FOLDED
-        x3 = ops.patch_embed(pixel_values, self.patch_embedding.weight, present=present, backend=self.backend)
-        g = None
-        if x3.shape[1] > 1:
+        x0 = ops.patch_embed(pixel_values, self.patch_embedding.weight, present=present, backend=self.backend)
+        x3, g = Sum(x0), None
+        if x0.shape[1] > 1:
             if folded.encoding is not None and self._can_stream(pixel_values):
-                x2 = lste_fp8.encode(x3, folded.encoding, backend=self.backend)
+                x2 = lste_fp8.encode(x0, folded.encoding, backend=self.backend)
             else:
-                x2 = encode(x3, self.lmhra1, self.dpe, affine=folded.norm, backend=self.backend)
-            x2, x3 = dense_connection(x2, x3, backend=self.backend)
+                x2 = encode(x0, self.lmhra1, self.dpe, affine=folded.norm, backend=self.backend)
+            x2, x3 = dense_connection(x2, x0, backend=self.backend)
             g = self.dec(self.temporal_cls_token, x2.flatten(1, 3), folded=folded.gstra)
-        y = self.local_attention(x3.flatten(0, 1), rectangles)
+        x3, added = (None if x is None else x.flatten(0, 1) for x in x3)
+        y = self.local_attention(x3, rectangles, added=added)
         f = self.global_attention(self.class_embedding, y, rectangles.cu_windows(self.window), folded=folded.fsra)
         if g is not None:
             f = self._fuse(g, f)

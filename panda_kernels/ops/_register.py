@@ -72,25 +72,32 @@ def register(spec: OpSpec, fake: Callable[..., Tensor],
     op = getattr(torch.ops.panda_kernels, spec.name)
 
     def call(*args: Any) -> Tensor:
-        *inputs, backend = args
-        module = _keeper(spec.name, backend, inputs)
-        if module is None:
-            return op(*args)
-        if check_values is not None:
-            check_values(*inputs)
-        return _Kept.apply(module, *inputs)
+        y = call_kept(spec.name, check_values, args)
+        return op(*args) if y is None else y
 
     return call
 
 
-class _Kept(torch.autograd.Function):
-    """A call outside of graphs, of a backend that keeps something for its gradient."""
+def call_kept(op: str, check_values: Callable[..., None] | None, args: Sequence[Any], **more: Any) -> Tensor | None:
+    """A call outside of graphs, of a backend that keeps something for its gradient; None where there is neither.
 
+    ``more`` is for ``keep`` alone.
+    """
+    *inputs, backend = args
+    module = _keeper(op, backend, inputs)
+    if module is None:
+        return None
+    if check_values is not None:
+        check_values(*inputs)
+    return _Kept.apply(module, more, *inputs)
+
+
+class _Kept(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, module: ModuleType, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, module: ModuleType, more: dict[str, Any], *inputs: Any) -> Tensor:
         ctx.module = module
         with suspended(inputs[0]):
-            y, kept = module.keep(*inputs)
+            y, kept = module.keep(*inputs, **more)
         _save(ctx, inputs, kept)
         return y
 
@@ -103,7 +110,7 @@ class _Kept(torch.autograd.Function):
             with suspended(grad):
                 return _asked(ctx.module.bwd(grad, *inputs, needs=needs, kept=kept), needs)
 
-        return None, *_where_needed(ctx.is_tensor, ctx.needs_input_grad[1:], gradients)
+        return None, None, *_where_needed(ctx.is_tensor, ctx.needs_input_grad[2:], gradients)
 
 
 def _keeper(op: str, backend: str, inputs: Sequence[Any]) -> ModuleType | None:

@@ -1,6 +1,8 @@
 """LSD, local spatial downsampling: the mean of each window attends to the window's tokens, rectangle by rectangle."""
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,7 @@ from ..checks import Checks
 from ..spec import Cost, Draw, Inputs, OpSpec, tensor_bytes
 from ._autocast import cast
 from ._rectangle_values import check_corners
-from ._register import register
+from ._register import call_kept, register
 
 _RAGGED = ((0, 6, 0, 8), (1, 4, 2, 8), (0, 5, 3, 6), (2, 6, 0, 7))
 
@@ -128,6 +130,29 @@ def window_attention_pool(
 
     Source: SPEC stage 6, ``local_attention``.
     """
+    return _op(*_checked(x, corners, num_windows, q_norm_weight, q_norm_bias, wq, kv_norm_weight, kv_norm_bias, wkv, wp,
+                         bp, num_heads, window, eps, scale, backend))
+
+
+def of_sum(x: Tensor, added: Tensor, corners: Tensor, num_windows: int, *weights: Tensor, num_heads: int, window: int,
+           eps: float, scale: float | None = None, backend: str) -> Tensor:
+    """:func:`window_attention_pool` of ``x + added``, whose gradient ``x`` receives and ``added`` does not.
+
+    A backend that keeps something for the gradient keeps the two in place of their sum.
+    """
+    args = _checked(x, corners, num_windows, *weights, num_heads, window, eps, scale, backend)
+    check = Checks(SPEC.name)
+    check.shape("added", added, x.shape)
+    check.same_device(x=x, added=added)
+    more = added.detach().to(args[0].dtype)
+    y = call_kept(SPEC.name, _check_values, args, added=more)
+    return _op(args[0] + more, *args[1:]) if y is None else y
+
+
+def _checked(x: Tensor, corners: Tensor, num_windows: int, q_norm_weight: Tensor, q_norm_bias: Tensor, wq: Tensor,
+             kv_norm_weight: Tensor, kv_norm_bias: Tensor, wkv: Tensor, wp: Tensor, bp: Tensor, num_heads: int,
+             window: int, eps: float, scale: float | None, backend: str) -> tuple[Any, ...]:
+    """The arguments of the torch op, cast as autocast wants them."""
     check = Checks(SPEC.name)
     check.shape("x", x, ("frames", "h", "w", "C"))
     check.not_empty("x", x)
@@ -155,8 +180,8 @@ def window_attention_pool(
     check.same(x=x, q_norm_weight=q_norm_weight, q_norm_bias=q_norm_bias, wq=wq, kv_norm_weight=kv_norm_weight,
                kv_norm_bias=kv_norm_bias, wkv=wkv, wp=wp, bp=bp)
     check.same_device(x=x, corners=corners)
-    return _op(x, corners, num_windows, q_norm_weight, q_norm_bias, wq, kv_norm_weight, kv_norm_bias, wkv, wp, bp,
-               num_heads, window, eps, scale, backend)
+    return (x, corners, num_windows, q_norm_weight, q_norm_bias, wq, kv_norm_weight, kv_norm_bias, wkv, wp, bp,
+            num_heads, window, eps, scale, backend)
 
 
 __all__ = ["SPEC", "window_attention_pool"]

@@ -1,6 +1,6 @@
 """LSTE streamed by bands of image rows (csrc/core/local_encoding.cpp), BatchNorm folded into the first product.
 
-The gradient recomputes x1, and the bottleneck if the forward has not kept it (docs/numerics.md).
+The gradient recomputes the bottleneck and x1 if the forward has not kept them (docs/numerics.md).
 """
 from __future__ import annotations
 
@@ -89,9 +89,10 @@ class _Bottleneck:
     def mix(self, inner: Tensor) -> Tensor:
         return convolve(inner, self.time, self.time_bias, OVER_TIME)
 
-    def up(self, mixed: Tensor, x: Tensor) -> Tensor:
-        return product(_rows(mixed), self._packed_expand, x.shape[-1], bias=self.expand_bias,
-                       residual=_rows(x)).view(x.shape)
+    def up(self, mixed: Tensor, x: Tensor, out: Tensor) -> Tensor:
+        product(_rows(mixed), self._packed_expand, x.shape[-1], bias=self.expand_bias, residual=_rows(x),
+                out=_rows(out))
+        return out
 
 
 def _bottleneck(dtype: torch.dtype, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tensor, wt: Tensor,
@@ -109,15 +110,14 @@ def _rows(grid: Tensor) -> Tensor:
 
 def keep(x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tensor, wt: Tensor, bt: Tensor, w2: Tensor,
          b2: Tensor, wd: Tensor, bd: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The same bits, the bottleneck of all tokens kept: clip by clip, whose x1 is whole."""
+    """The same bits, the bottleneck of all tokens and x1 kept."""
     tokens = array(x)
     tune(SPACE, tokens, C=w1.shape[1], R=w1.shape[0], direction="fwd")
     part = _bottleneck(tokens.dtype, norm_scale, norm_shift, w1, b1, wt, bt, w2, b2)
-    y, inner, taps, offset = result_like(tokens), part.room(tokens), tap_rows(wd, residual=True), floats(bd)
-    for clip, inner_clip, y_clip in zip(tokens.split(1), inner.split(1), y.split(1), strict=True):
-        part.down(clip, inner_clip)
-        convolve(part.up(part.mix(inner_clip), clip), taps, offset, POSITION, out=y_clip)
-    return y.to(x.dtype), [inner]
+    y, inner, x1 = result_like(tokens), part.room(tokens), result_like(tokens)
+    part.up(part.mix(part.down(tokens, inner)), tokens, x1)
+    convolve(x1, tap_rows(wd, residual=True), floats(bd), POSITION, out=y)
+    return y.to(x.dtype), [inner, x1]
 
 
 class _Return(NamedTuple):
@@ -129,12 +129,12 @@ class _Return(NamedTuple):
     position: Tensor
 
 
-def _clip_bwd(grad: Tensor, x: Tensor, inner: Tensor, part: _Bottleneck, back: _Return,
+def _clip_bwd(grad: Tensor, x: Tensor, inner: Tensor, x1: Tensor | None, part: _Bottleneck, back: _Return,
               sums: list[tuple[Tensor, Tensor]], grad_x: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Writes ``grad_x`` of one clip ``[1, T, h, w, C]``; adds to the sums of both products' gradients, and of both
     convolutions'."""
     mixed = part.mix(inner)
-    position = gradient(part.up(mixed, x), grad, POSITION)
+    position = gradient(part.up(mixed, x, result_like(x)) if x1 is None else x1, grad, POSITION)
     grad_x1 = _rows(convolve(grad, back.position, None, POSITION, out=grad_x))
     expand = weight_gradient(grad_x1, _rows(mixed), sums[1] if sums else None)
     del mixed
@@ -161,9 +161,9 @@ def bwd(grad: Tensor, x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Ten
                    pack(part.expand, dtype, transposed=True), tap_rows(wd.flip(2, 3, 4), residual=True))
     grad_x, sums = result_like(tokens), list[tuple[Tensor, Tensor]]()
     for i in range(len(tokens)):
-        grad_clip, clip, grad_x_clip = (t[i:i + 1] for t in (grads, tokens, grad_x))
-        inner = kept[0][i:i + 1] if kept else part.down(clip, part.room(clip))
-        sums = _clip_bwd(grad_clip, clip, inner, part, back, sums, grad_x_clip)
+        grad_clip, clip, grad_x_clip, *parts = (t[i:i + 1] for t in (grads, tokens, grad_x, *kept))
+        inner, x1 = parts or (part.down(clip, part.room(clip)), None)
+        sums = _clip_bwd(grad_clip, clip, inner, x1, part, back, sums, grad_x_clip)
     (squeeze, e), (expand, grad_b2), (time, time_bias), (position, grad_bd) = sums
     reduced, precise = len(w1), w1.float()
     squeeze, e = squeeze[:reduced], e[:reduced]

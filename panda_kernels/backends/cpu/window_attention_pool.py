@@ -63,19 +63,22 @@ def fwd(*inputs: Any) -> Tensor:
     return _pool(*inputs, kept=[])
 
 
-def keep(x: Tensor, corners: Tensor, num_windows: int, *others: Any) -> tuple[Tensor, list[Tensor]]:
+def keep(x: Tensor, corners: Tensor, num_windows: int, *others: Any,
+         added: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+    """Of the tokens ``x + added``, where there is something added."""
     dtype, channels = compute_dtype(x.dtype), x.shape[-1]
     padding = 0 if dtype == torch.float32 else -channels % PANEL
     kept = [result(num_windows, channels + padding, dtype=dtype) for _ in range(2)]
     if padding:
         for rows in kept:
             rows[:, channels:].zero_()
-    return _pool(x, corners, num_windows, *others, kept=kept), kept
+    y = _pool(x, corners, num_windows, *others, kept=kept, added=added)
+    return y, kept if added is None else [*kept, added]
 
 
 def _pool(x: Tensor, corners: Tensor, num_windows: int, q_norm_weight: Tensor, q_norm_bias: Tensor, wq: Tensor,
           kv_norm_weight: Tensor, kv_norm_bias: Tensor, wkv: Tensor, wp: Tensor, bp: Tensor, num_heads: int,
-          window: int, eps: float, scale: float | None, *, kept: list[Tensor]) -> Tensor:
+          window: int, eps: float, scale: float | None, *, kept: list[Tensor], added: Tensor | None = None) -> Tensor:
     """``kept`` receives the projected queries and the heads' outputs, unless it is empty."""
     channels = x.shape[-1]
     dtype = compute_dtype(x.dtype)
@@ -83,7 +86,8 @@ def _pool(x: Tensor, corners: Tensor, num_windows: int, q_norm_weight: Tensor, q
                              num_heads=num_heads, scale=channels**-0.5 if scale is None else scale)
     y = result(num_windows, channels, dtype=dtype)
     tune(SPACE, y, C=channels, heads=num_heads, window=window, direction="fwd")
-    kernels.window_attention_pool(array(x), corners.contiguous(), weights, num_heads, window, eps, y, kept)
+    more = None if added is None else array(added)
+    kernels.window_attention_pool(array(x), more, corners.contiguous(), weights, num_heads, window, eps, y, kept)
     return y.to(x.dtype)
 
 
@@ -99,17 +103,19 @@ def bwd(grad: Tensor, x: Tensor, corners: Tensor, num_windows: int, q_norm_weigh
         wq: Tensor, kv_norm_weight: Tensor, kv_norm_bias: Tensor, wkv: Tensor, wp: Tensor, bp: Tensor,
         num_heads: int, window: int, eps: float, scale: float | None, *, needs: list[bool],
         kept: Sequence[Tensor] = ()) -> list[Tensor | None]:
+    """That of ``x`` is the gradient of the tokens, of which what was added is a part."""
     channels, dtype, tokens = x.shape[-1], compute_dtype(x.dtype), array(x)
+    computed, added = list(kept[:2]), next(map(array, kept[2:]), None)
     scale = channels**-0.5 if scale is None else scale
     folded = _fold(q_norm_weight, q_norm_bias, wq, kv_norm_weight, kv_norm_bias, wkv, num_heads, scale)
-    weights, values_offset = _return_weights(dtype, folded, wp, again=not kept), folded.values_bias
+    weights, values_offset = _return_weights(dtype, folded, wp, again=not computed), folded.values_bias
     del folded
     grad_x = result_like(tokens)
     query, keys_values, out = (result(n * channels, channels, dtype=torch.float32) for n in (1, 2, 1))
     query_bias, values_bias, out_bias = (torch.empty(channels) for _ in range(3))
     tune(SPACE, tokens, C=channels, heads=num_heads, window=window, direction="bwd")
     kernels.window_attention_pool_gradient(
-        array(grad), tokens, corners.contiguous(), weights, num_heads, window, eps, list(kept), grad_x,
+        array(grad), tokens, added, corners.contiguous(), weights, num_heads, window, eps, computed, grad_x,
         [query, query_bias, *keys_values.chunk(2), values_bias, out, out_bias])
     del weights
     # From the folded matrices' gradients to those of what was folded, the large ones in place.
