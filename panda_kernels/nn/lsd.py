@@ -1,6 +1,7 @@
 """LSD, local spatial downsampling: the mean of a window attends to the window's tokens (SPEC stage 6)."""
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -57,11 +58,9 @@ class LSD(HasBackend):
             ValueError: a wrong rank, C or number of rectangles, an empty batch, or tensors on several devices.
             TypeError: dtypes that differ.
         """
-        windows = rectangles.corners, rectangles.num_windows, *self.weights()
-        options: Any = {"num_heads": self.num_heads, "window": self.window, "eps": self.eps, "backend": self.backend}
-        if added is None:
-            return ops.window_attention_pool(x, *windows, **options)
-        return of_sum(x, added, *windows, **options)
+        call: Any = ops.window_attention_pool if added is None else functools.partial(of_sum, added)
+        return call(x, rectangles.corners, rectangles.num_windows, *self.weights(), num_heads=self.num_heads,
+                    window=self.window, eps=self.eps, backend=self.backend)
 
     @property
     def eps(self) -> float:

@@ -222,8 +222,8 @@ class STAB(HasBackend, fp8.HasProducts):
                 x2 = encode(x0, self.lmhra1, self.dpe, affine=folded.norm, backend=self.backend)
             x2, x3 = dense_connection(x2, x0, backend=self.backend)
             g = self.dec(self.temporal_cls_token, x2.flatten(1, 3), folded=folded.gstra)
-        x3, added = (None if x is None else x.flatten(0, 1) for x in x3)
-        y = self.local_attention(x3, rectangles, added=added)
+        added = None if x3.added is None else x3.added.flatten(0, 1)
+        y = self.local_attention(x3.x.flatten(0, 1), rectangles, added=added)
         f = self.global_attention(self.class_embedding, y, rectangles.cu_windows(self.window), folded=folded.fsra)
         if g is not None:
             f = self._fuse(g, f)

@@ -131,16 +131,15 @@ def window_attention_pool(
     Source: SPEC stage 6, ``local_attention``.
     """
     return _op(*_checked(x, corners, num_windows, q_norm_weight, q_norm_bias, wq, kv_norm_weight, kv_norm_bias, wkv, wp,
-                         bp, num_heads, window, eps, scale, backend))
+                         bp, num_heads=num_heads, window=window, eps=eps, scale=scale, backend=backend))
 
 
-def of_sum(x: Tensor, added: Tensor, corners: Tensor, num_windows: int, *weights: Tensor, num_heads: int, window: int,
-           eps: float, scale: float | None = None, backend: str) -> Tensor:
+def of_sum(added: Tensor, x: Tensor, *others: Any, **options: Any) -> Tensor:
     """:func:`window_attention_pool` of ``x + added``, whose gradient ``x`` receives and ``added`` does not.
 
     A backend that keeps something for the gradient keeps the two in place of their sum.
     """
-    args = _checked(x, corners, num_windows, *weights, num_heads, window, eps, scale, backend)
+    args = _checked(x, *others, **options)
     check = Checks(SPEC.name)
     check.shape("added", added, x.shape)
     check.same_device(x=x, added=added)
@@ -150,8 +149,8 @@ def of_sum(x: Tensor, added: Tensor, corners: Tensor, num_windows: int, *weights
 
 
 def _checked(x: Tensor, corners: Tensor, num_windows: int, q_norm_weight: Tensor, q_norm_bias: Tensor, wq: Tensor,
-             kv_norm_weight: Tensor, kv_norm_bias: Tensor, wkv: Tensor, wp: Tensor, bp: Tensor, num_heads: int,
-             window: int, eps: float, scale: float | None, backend: str) -> tuple[Any, ...]:
+             kv_norm_weight: Tensor, kv_norm_bias: Tensor, wkv: Tensor, wp: Tensor, bp: Tensor, *, num_heads: int = 8,
+             window: int = 2, eps: float = 1e-5, scale: float | None = None, backend: str = "auto") -> tuple[Any, ...]:
     """The arguments of the torch op, cast as autocast wants them."""
     check = Checks(SPEC.name)
     check.shape("x", x, ("frames", "h", "w", "C"))
