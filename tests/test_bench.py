@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import bench_tower, half_products, machine, measure, table, tower
+from bench import bench_tower, half_products, machine, measure, stages, table, tower
 from bench.measure import OURS
 from panda_kernels.spec import Cost
 
@@ -26,6 +26,12 @@ def test_cost_of_a_cropped_clip_is_less_and_bytes_follow_the_dtype():
     full, cropped = (tower.cost(tower.CASES[case], torch.float32, True) for case in ("1 clip", "720p clip"))
     assert cropped.flops < full.flops and cropped.bytes < full.bytes
     assert tower.cost(tower.CASES["1 clip"], torch.bfloat16, True).bytes * 2 == full.bytes
+
+
+def test_the_stages_of_the_tower_are_calls_that_their_kernels_take():
+    with torch.inference_mode():
+        for stage in stages.stages(torch.float32):
+            stage.call()
 
 
 def test_widescreen_is_a_fitted_720p_frame():
