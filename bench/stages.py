@@ -59,7 +59,7 @@ def stages(dtype: torch.dtype) -> list[Stage]:
 
     return [
         Stage("patches and embedding", "patch_embed", TOKENS * K * C, TOKENS * (K + C) + K * C,
-              lambda: kernels.patch_embed(pixels, None, normalisation(), PATCH, w[0], y)),
+              lambda: kernels.patch_embed(pixels, None, normalisation(), PATCH, w[0], None, y)),
         Stage("LSTE, first product (from the patches)", "product", TOKENS * K * R, TOKENS * (K + R) + K * R,
               lambda: in_bands(lambda band: patches, w[1])),
         Stage("LSTE whole, first product from tokens", "local_encoding",

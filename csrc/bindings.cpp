@@ -96,25 +96,25 @@ void depthwise_gradient(const Tensor& x, const Tensor& grad, int64_t kt, int64_t
 }
 
 void patch_embed(const Tensor& pixels, const std::optional<Tensor>& present, const Tensor& normalise, int64_t patch,
-                 const Tensor& weight, Tensor y) {
+                 const Tensor& weight, const std::optional<Tensor>& bias, Tensor y) {
   const panda::Dtype dtype = dtype_of(y);
   const int64_t c = sizes<5>(y)[4];
   panda::Pixels p{};
   const auto [frames, h, w] = pixels_of(pixels, present, normalise, patch, p);
   const int64_t clips = pixels.size(0);
-  panda::patch_embed(dtype, p, clips * frames, h, w, packed(weight, dtype, c, 3 * patch * patch), c,
-                     out(y, dtype, {clips, frames, h, w, c}));
+  panda::patch_embed(dtype, p, clips * frames, h, w, packed(weight, dtype, c, 3 * patch * patch),
+                     bias ? floats(*bias, {c}) : nullptr, c, out(y, dtype, {clips, frames, h, w, c}));
 }
 
 void patch_embed_gradient(const Tensor& grad, const Tensor& pixels, const std::optional<Tensor>& present,
-                          const Tensor& normalise, int64_t patch, Tensor weight) {
+                          const Tensor& normalise, int64_t patch, bool add, Tensor weight, Tensor bias) {
   const panda::Dtype dtype = dtype_of(grad);
   const int64_t c = sizes<5>(grad)[4];
   panda::Pixels p{};
   const auto [frames, h, w] = pixels_of(pixels, present, normalise, patch, p);
   const int64_t clips = pixels.size(0);
-  panda::patch_embed_gradient(dtype, p, clips * frames, h, w, in(grad, dtype, {clips, frames, h, w, c}), c,
-                              floats_out(weight, {c, 3 * patch * patch}));
+  panda::patch_embed_gradient(dtype, p, clips * frames, h, w, in(grad, dtype, {clips, frames, h, w, c}), c, add,
+                              floats_out(weight, {c, 3 * patch * patch}), floats_out(bias, {c}));
 }
 
 panda::LocalEncodingWeights local_weights(panda::Dtype dtype, int64_t c, int64_t r, const Tensor* w) {
@@ -419,10 +419,12 @@ STABLE_TORCH_LIBRARY(panda_kernels_cpu, m) {
   m.def("pack(Tensor w, int matrices, bool transposed, Tensor(a!) to) -> ()");
   m.def("depthwise_conv3d(Tensor x, Tensor taps, Tensor? bias, int kt, int kh, int kw, Tensor(a!) y) -> ()");
   m.def("depthwise_gradient(Tensor x, Tensor grad, int kt, int kh, int kw, Tensor(a!) taps, Tensor(b!) bias) -> ()");
-  m.def("patch_embed(Tensor pixels, Tensor? present, Tensor normalise, int patch, Tensor weight, Tensor(a!) y) -> ()");
   m.def(
-      "patch_embed_gradient(Tensor grad, Tensor pixels, Tensor? present, Tensor normalise, int patch, "
-      "Tensor(a!) weight) -> ()");
+      "patch_embed(Tensor pixels, Tensor? present, Tensor normalise, int patch, Tensor weight, Tensor? bias, "
+      "Tensor(a!) y) -> ()");
+  m.def(
+      "patch_embed_gradient(Tensor grad, Tensor pixels, Tensor? present, Tensor normalise, int patch, bool add, "
+      "Tensor(a!) weight, Tensor(b!) bias) -> ()");
   m.def("local_encoding(Tensor x, Tensor[] weights, int r, Tensor(a!) y) -> ()");
   m.def("attention_pool(Tensor x, Tensor queries, Tensor offsets, float eps, Tensor(a!) z) -> ()");
   m.def(

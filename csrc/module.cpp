@@ -151,17 +151,18 @@ Pixels pixels_of(const py::array& x, const py::object& present, const py::array&
 }
 
 void run_patch_embed(const py::array& pixels, const py::object& present, const py::array& normalise, int patch,
-                     const py::array& packed, const py::array& y) {
+                     const py::array& packed, const py::object& bias, const py::array& y) {
   const auto [t, h, w] = grid_of(y);
-  patch_embed(dtype_of(y), pixels_of(pixels, present, normalise, patch), y.shape(0) * t, h, w, in(packed), y.shape(4),
-              out(y));
+  patch_embed(dtype_of(y), pixels_of(pixels, present, normalise, patch), y.shape(0) * t, h, w, in(packed), floats(bias),
+              y.shape(4), out(y));
 }
 
 void run_patch_embed_gradient(const py::array& grad, const py::array& pixels, const py::object& present,
-                              const py::array& normalise, int patch, const py::array& weight) {
+                              const py::array& normalise, int patch, bool add, const py::array& weight,
+                              const py::array& bias) {
   const auto [t, h, w] = grid_of(grad);
   patch_embed_gradient(dtype_of(grad), pixels_of(pixels, present, normalise, patch), grad.shape(0) * t, h, w, in(grad),
-                       grad.shape(4), static_cast<float*>(out(weight)));
+                       grad.shape(4), add, static_cast<float*>(out(weight)), static_cast<float*>(out(bias)));
 }
 
 // weights: packed squeeze and its bias, then as in LocalEncodingWeights.
@@ -262,9 +263,10 @@ PYBIND11_MODULE(panda_core, m) {
   m.def("aligned_bytes", &aligned_bytes, "bytes"_a);
   m.def("depthwise_conv3d", &run_depthwise_conv3d, "x"_a, "taps"_a, "bias"_a, "kt"_a, "kh"_a, "kw"_a, "y"_a);
   m.def("depthwise_gradient", &run_depthwise_gradient, "x"_a, "grad"_a, "kt"_a, "kh"_a, "kw"_a, "taps"_a, "bias"_a);
-  m.def("patch_embed", &run_patch_embed, "pixels"_a, "present"_a, "normalise"_a, "patch"_a, "packed"_a, "y"_a);
+  m.def("patch_embed", &run_patch_embed, "pixels"_a, "present"_a, "normalise"_a, "patch"_a, "packed"_a, "bias"_a,
+        "y"_a);
   m.def("patch_embed_gradient", &run_patch_embed_gradient, "grad"_a, "pixels"_a, "present"_a, "normalise"_a, "patch"_a,
-        "weight"_a);
+        "add"_a, "weight"_a, "bias"_a);
   m.def("local_encoding", &run_local_encoding, "x"_a, "weights"_a, "r"_a, "y"_a);
   m.def("attention_pool", &run_attention_pool, "x"_a, "queries"_a, "offsets"_a, "eps"_a, "z"_a);
   m.def("attention_pool_gradient", &run_attention_pool_gradient, "grad"_a, "x"_a, "queries"_a, "offsets"_a, "eps"_a,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .patch import patch_embed
+
 
 class LocalMHRA(nn.Module):
     """``W2 * tconv(W1 * BN(x) + b1) + b2`` on ``[B, C, T, h, w]``, with ``R = int(C / reduction)`` inner channels."""
@@ -64,11 +66,17 @@ def local_encoding(
     b2: Tensor,
     wd: Tensor,
     bd: Tensor,
+    *,
+    pixels: Tensor | None = None,
+    embedding: Tensor | None = None,
+    present: Tensor | None = None,
 ) -> Tensor:
     """The whole stage on ``[B, T, h, w, C]``, BatchNorm given as ``x * norm_scale + norm_shift``.
 
-    ``w1 [R, C]``, ``wt [R, 3]``, ``w2 [C, R]``, ``wd [C, 1, 3, 3, 3]``.
+    ``w1 [R, C]``, ``wt [R, 3]``, ``w2 [C, R]``, ``wd [C, 1, 3, 3, 3]``. With pixels and an embedding, W1 multiplies the
+    patch embedding of those, whatever ``x`` is.
     """
-    inner = F.linear((x * norm_scale + norm_shift).to(x.dtype), w1, b1)
+    tokens = x if pixels is None or embedding is None else patch_embed(pixels, embedding, present=present)
+    inner = F.linear((tokens * norm_scale + norm_shift).to(x.dtype), w1, b1)
     inner = depthwise_conv3d(inner, wt[:, None, :, None, None], bt)
     return depthwise_conv3d(x + F.linear(inner, w2, b2), wd, bd, residual=True)

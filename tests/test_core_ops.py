@@ -117,7 +117,7 @@ def depthwise_conv3d(memory: Memory, shape: tuple[int, ...], kernel: tuple[int, 
 
 
 def patch_embed(memory: Memory, shape: tuple[int, ...], patch: int, c: int, pixels: str = "float32",
-                missing: int = 0) -> Pair:
+                missing: int = 0, bias: bool = False) -> Pair:
     """``shape`` is B, T, H, W; a fourth plane, what is beyond the last patch, and missing frames are NaN."""
     b, t, height, width = shape
     h, w, k = height // patch, width // patch, 3 * patch * patch
@@ -131,13 +131,14 @@ def patch_embed(memory: Memory, shape: tuple[int, ...], patch: int, c: int, pixe
     if pixels != "uint8":
         x[~present] = POISON[pixels]
     normalise, (packed, weight) = memory.floats(6, scale=0.01), memory.weight(c, k)
-    y = memory.result(b, t, h, w, c)
-    CORE.patch_embed(x, present if missing else None, normalise, patch, packed, y)
+    y, added = memory.result(b, t, h, w, c), memory.floats(c) if bias else None
+    CORE.patch_embed(x, present if missing else None, normalise, patch, packed, added, y)
     values = x[:, :, :3, : h * patch, : w * patch]
     scale, shift = exact(normalise).reshape(2, 3, 1, 1)
     values = values * scale + shift if pixels == "uint8" else exact(values)
     values = np.where(present[:, :, None, None, None], values, 0).reshape(b, t, 3, h, patch, w, patch)
-    return y, values.transpose(0, 1, 3, 5, 2, 4, 6).reshape(b, t, h, w, k) @ weight.T
+    product = values.transpose(0, 1, 3, 5, 2, 4, 6).reshape(b, t, h, w, k) @ weight.T
+    return y, product + (0 if added is None else exact(added))
 
 
 def local_encoding(memory: Memory, shape: tuple[int, ...], r: int) -> Pair:
@@ -254,18 +255,24 @@ def weight_gradient(memory: Memory, rows: int, n: int, k: int, room: int = 0, ad
             for name, found, sums, old in zip("wb", (w, b), wanted, before, strict=True)}
 
 
-def patch_embed_gradient(memory: Memory, shape: tuple[int, ...], patch: int, c: int, missing: int = 0) -> Pairs:
+def patch_embed_gradient(memory: Memory, shape: tuple[int, ...], patch: int, c: int, missing: int = 0,
+                         add: bool = False) -> Pairs:
     b, t, height, width = shape
     h, w, k = height // patch, width // patch, 3 * patch * patch
     x = memory.inside(stored(memory.random.standard_normal((b, t, 4, height, width)), "float32"), np.nan)
     present = memory.inside(np.arange(b * t).reshape(b, t) < b * t - missing, True)
     x[~present] = np.nan
-    grad, weight = memory.tokens(b, t, h, w, c), memory.result(c, k, dtype="float32")
-    CORE.patch_embed_gradient(grad, x, present if missing else None, memory.floats(6), patch, weight)
+    grad, weight, bias = memory.tokens(b, t, h, w, c), memory.result(c, k, dtype="float32"), memory.floats(c)
+    before = memory.random.standard_normal((c, k)), exact(bias)
+    if add:
+        weight[...] = before[0]
+    CORE.patch_embed_gradient(grad, x, present if missing else None, memory.floats(6), patch, add, weight, bias)
     values = exact(stored(x[:, :, :3, : h * patch, : w * patch], memory.dtype))
     values = np.where(present[:, :, None, None, None], values, 0).reshape(b, t, 3, h, patch, w, patch)
     patches = values.transpose(0, 1, 3, 5, 2, 4, 6).reshape(-1, k)
-    return {"weight": (weight, exact(grad).reshape(-1, c).T @ patches)}
+    wanted = exact(grad).reshape(-1, c).T @ patches, exact(grad).reshape(-1, c).sum(0)
+    return {name: (found, sums + add * old) for name, found, sums, old
+            in zip(("weight", "bias"), (weight, bias), wanted, before, strict=True)}
 
 
 def through_norm(x: Array, grad: Array) -> Array:
@@ -356,7 +363,7 @@ OPS = {
     "patch_embed": Op(patch_embed, 2, 588, [
         {"shape": (1, 1, 3, 2), "patch": 2, "c": 1}, {"shape": (2, 2, 9, 13), "patch": 4, "c": 33, "missing": 1},
         {"shape": (1, 3, 29, 44), "patch": 14, "c": 45, "pixels": "uint8", "missing": 1},
-        {"shape": (1, 2, 15, 7), "patch": 3, "c": 31, "pixels": "bfloat16"},
+        {"shape": (1, 2, 15, 7), "patch": 3, "c": 31, "pixels": "bfloat16", "bias": True},
         {"shape": (1, 1, 80, 16), "patch": 2, "c": 7, "pixels": "uint8"}]),
     "local_encoding": Op(local_encoding, 5, 90, [
         {"shape": (1, 1, 1, 1, 1), "r": 1}, {"shape": (2, 3, 4, 5, 37), "r": 24},
@@ -388,7 +395,7 @@ GRADIENTS = {
         {"rows": 0, "n": 3, "k": 5}, {"rows": 31, "n": 33, "k": 17, "add": True}]),
     "patch_embed_gradient": Op(patch_embed_gradient, 0, 600, [
         {"shape": (1, 1, 3, 2), "patch": 2, "c": 1}, {"shape": (2, 2, 9, 13), "patch": 4, "c": 33, "missing": 1},
-        {"shape": (1, 1, 62, 40), "patch": 2, "c": 7}]),
+        {"shape": (1, 1, 62, 40), "patch": 2, "c": 7, "add": True}]),
     "attention_pool_gradient": Op(attention_pool_gradient, 1, 700, [
         {"lengths": (1,), "c": 5, "n": 1}, {"lengths": (5, 0, 40, 0, 17), "c": 29, "n": 11, "outside": 3},
         {"lengths": (3, 700), "c": 33, "n": 3, "shared": False}, {"lengths": (9,), "c": 64, "n": 8}]),

@@ -39,7 +39,8 @@ def depthwise_arguments() -> Arguments:
 
 def patch_arguments() -> Arguments:
     return {"pixels": torch.zeros(1, 2, 3, 16, 24), "present": torch.ones(1, 2, dtype=torch.bool),
-            "normalise": normalisation(), "patch": 4, "weight": packed(16, 48), "y": torch.empty(1, 2, 4, 6, 16)}
+            "normalise": normalisation(), "patch": 4, "weight": packed(16, 48), "bias": torch.zeros(16),
+            "y": torch.empty(1, 2, 4, 6, 16)}
 
 
 def encoding_arguments() -> Arguments:
@@ -98,7 +99,7 @@ def depthwise_gradient_arguments() -> Arguments:
 def patch_gradient_arguments() -> Arguments:
     arguments = patch_arguments()
     del arguments["y"]
-    return arguments | {"grad": torch.zeros(GRID), "weight": torch.empty(16, 48)}
+    return arguments | {"grad": torch.zeros(GRID), "add": False, "weight": torch.empty(16, 48), "bias": torch.empty(16)}
 
 
 def pool_gradient_arguments() -> Arguments:
@@ -214,6 +215,7 @@ WRONG: dict[str, list[Arguments]] = {
               torch.empty(1, 2, 4, 16, 6).transpose(3, 4))],
     "patch_embed": [
         *PIXELS, *each("weight", packed(16, 49), packed(33, 48), packed(16, 48, dtype=torch.bfloat16)),
+        *each("bias", torch.zeros(15), torch.zeros(16).double()),
         *each("y", torch.empty(1, 2, 5, 6, 16), torch.empty(1, 2, 4, 7, 16), torch.empty(2, 2, 4, 6, 16),
               torch.empty(1, 2, 4, 6, 40), torch.empty(GRID).bfloat16(), torch.empty(GRID).half())],
     "local_encoding": [
@@ -268,6 +270,7 @@ WRONG: dict[str, list[Arguments]] = {
         *each("bias", torch.empty(15), torch.empty(16).double())],
     "patch_embed_gradient": [
         *PIXELS, *each("weight", torch.empty(16, 49), torch.empty(15, 48), torch.empty(16, 48).bfloat16()),
+        *each("bias", torch.empty(15), torch.empty(16).double()),
         *each("grad", torch.zeros(1, 2, 5, 6, 16), torch.zeros(2, 2, 4, 6, 16), torch.zeros(1, 2, 4, 6, 17),
               torch.zeros(GRID).half(), torch.zeros(1, 2, 4, 16, 6).transpose(3, 4))],
     "attention_pool_gradient": [

@@ -49,28 +49,30 @@ void extract(Dtype dtype, const Pixels& pixels, int64_t h, int64_t w, int64_t ro
 
 }  // namespace
 
-void patch_embed(Dtype dtype, const Pixels& pixels, int64_t frames, int64_t h, int64_t w, const void* packed, int64_t c,
-                 void* out) {
+void patch_embed(Dtype dtype, const Pixels& pixels, int64_t frames, int64_t h, int64_t w, const void* packed,
+                 const float* bias, int64_t c, void* out) {
   const int64_t k = 3 * pixels.patch * pixels.patch, stride = padded_k(dtype, k), size = size_of(dtype);
   const int64_t band = rows_for(w, 1);
   Scratch<char> patches(band * w * stride * size);
   for (int64_t row0 = 0; row0 < frames * h; row0 += band) {
     const int64_t rows = std::min(band, frames * h - row0);
     extract(dtype, pixels, h, w, row0, rows, stride, patches.data());
-    product(dtype, {patches.data(), stride, packed, k, c, static_cast<char*>(out) + row0 * w * c * size, c}, rows * w);
+    Gemm g{patches.data(), stride, packed, k, c, static_cast<char*>(out) + row0 * w * c * size, c};
+    g.bias = bias;
+    product(dtype, g, rows * w);
   }
 }
 
 void patch_embed_gradient(Dtype dtype, const Pixels& pixels, int64_t frames, int64_t h, int64_t w, const void* grad,
-                          int64_t c, float* weight) {
+                          int64_t c, bool add, float* weight, float* bias) {
   const int64_t k = 3 * pixels.patch * pixels.patch, token = c * size_of(dtype), band = rows_for(w, 1);
   Scratch<char> patches(band * w * k * size_of(dtype));
   for (int64_t row = 0; row < frames * h; row += band) {
     const int64_t rows = std::min(band, frames * h - row);
     extract(dtype, pixels, h, w, row, rows, k, patches.data());
-    weight_gradient(
-        {dtype, static_cast<const char*>(grad) + row * w * token, c, c, patches.data(), k, k, weight, nullptr, row > 0},
-        rows * w);
+    weight_gradient({dtype, static_cast<const char*>(grad) + row * w * token, c, c, patches.data(), k, k, weight, bias,
+                     add || row > 0},
+                    rows * w);
   }
 }
 

@@ -15,12 +15,13 @@ namespace panda {
 void depthwise_conv3d(Depthwise);
 void depthwise_gradient(DepthwiseGradient);
 
-// pixels -> out [frames][grid.h][grid.w][c]; `packed` is [c, 3 * patch^2].
-void patch_embed(Dtype, const Pixels&, int64_t frames, int64_t h, int64_t w, const void* packed, int64_t c, void* out);
+// pixels -> out [frames][grid.h][grid.w][c]; `packed` is [c, 3 * patch^2], bias [c] or null.
+void patch_embed(Dtype, const Pixels&, int64_t frames, int64_t h, int64_t w, const void* packed, const float* bias,
+                 int64_t c, void* out);
 
-// The gradient [c][3 * patch^2] of that weight, from that of out.
+// The gradients [c][3 * patch^2] of that weight and [c] of that bias, from that of out; with `add` to what they hold.
 void patch_embed_gradient(Dtype, const Pixels&, int64_t frames, int64_t h, int64_t w, const void* grad, int64_t c,
-                          float* weight);
+                          bool add, float* weight, float* bias);
 
 // x0, out [clips][frames][h][w][c]; `squeeze` packed [r, c].
 void local_encoding(Dtype, int64_t clips, Grid, const void* x0, const void* squeeze, const float* squeeze_bias,

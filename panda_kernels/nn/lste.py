@@ -1,7 +1,7 @@
 """LSTE, local spatio-temporal encoding: a bottleneck over time, then a dynamic position encoding (SPEC stage 2)."""
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -39,13 +39,22 @@ def position_encoding(dim: int, **factory: Any) -> nn.Conv3d:
     return conv
 
 
-def encode(x: Tensor, mhra: LocalMHRA, dpe: nn.Conv3d, *, affine: Affine | None = None,
+class Source(NamedTuple):
+    """The arguments of ``patch_embed`` that gave the tokens."""
+
+    pixels: Tensor
+    embedding: Tensor
+    present: Tensor | None
+
+
+def encode(x: Tensor, mhra: LocalMHRA, dpe: nn.Conv3d, *, affine: Affine | None = None, source: Source | None = None,
            backend: str = "auto") -> Tensor:
     """``x0 [B, T, h, w, C]`` -> ``x2`` of that shape; ``affine`` is :func:`batch_norm_affine`, if known already."""
     Checks("LSTE").shape("x", x, ("B", "T", "h", "w", dpe.out_channels))
     norm: Any = mhra.pos_embed[0]
     affine = batch_norm_affine(norm, x) if affine is None else affine
-    return ops.local_encoding(x, *encoding_weights(mhra, dpe, affine), backend=backend)
+    given = {} if source is None else source._asdict()
+    return ops.local_encoding(x, *encoding_weights(mhra, dpe, affine), **given, backend=backend)
 
 
 def encoding_weights(mhra: LocalMHRA, dpe: nn.Conv3d, affine: Affine) -> tuple[Tensor, ...]:

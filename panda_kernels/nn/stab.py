@@ -18,7 +18,7 @@ from .fsra import FSRA
 from .gstra import GSTRA
 from .has_backend import HasBackend
 from .lsd import LSD
-from .lste import Affine, LocalMHRA, batch_norm_affine, encode, encoding_weights, position_encoding
+from .lste import Affine, LocalMHRA, Source, batch_norm_affine, encode, encoding_weights, position_encoding
 
 
 class STABOutput(NamedTuple):
@@ -213,13 +213,15 @@ class STAB(HasBackend, fp8.HasProducts):
 
     def _compose(self, pixel_values: Tensor, rectangles: Rectangles, present: Tensor | None) -> Tensor:
         folded = self._folded.get() if can_fold(self) else _NOTHING_FOLDED
-        x0 = ops.patch_embed(pixel_values, self.patch_embedding.weight, present=present, backend=self.backend)
+        embedding = self.patch_embedding.weight
+        x0 = ops.patch_embed(pixel_values, embedding, present=present, backend=self.backend)
         x3, g = Sum(x0), None
         if x0.shape[1] > 1:
             if folded.encoding is not None and self._can_stream(pixel_values):
                 x2 = lste_fp8.encode(x0, folded.encoding, backend=self.backend)
             else:
-                x2 = encode(x0, self.lmhra1, self.dpe, affine=folded.norm, backend=self.backend)
+                x2 = encode(x0, self.lmhra1, self.dpe, affine=folded.norm, backend=self.backend,
+                            source=Source(pixel_values, embedding, present))
             x2, x3 = dense_connection(x2, x0, backend=self.backend)
             g = self.dec(self.temporal_cls_token, x2.flatten(1, 3), folded=folded.gstra)
         added = None if x3.added is None else x3.added.flatten(0, 1)

@@ -8,13 +8,17 @@ from ..checks import Checks
 from ..spec import Cost, Draw, Inputs, OpSpec, tensor_bytes
 from ._autocast import cast
 from ._register import register
+from .patch_embed import SPEC as PATCHES
+from .patch_embed import check_patches
 
 
-def _example(draw: Draw, *, shape: tuple[int, ...], reduced: int | None = None, norm_float32: bool = False) -> Inputs:
-    channels = shape[-1]
+def _example(draw: Draw, *, shape: tuple[int, ...], reduced: int | None = None, norm_float32: bool = False,
+             patch: int = 0, uint8: bool = False, missing: int = 0) -> Inputs:
+    """With a ``patch`` the first product is that of pixels, whose last ``missing`` frames are absent."""
+    batch, frames, h, w, channels = shape
     inner = int(channels / 1.5) if reduced is None else reduced
     scale, shift = draw(channels, scale=0.2, shift=1.0), draw(channels, scale=0.2)
-    return {
+    inputs = {
         "x": draw(*shape),
         "norm_scale": scale.float() if norm_float32 else scale, "norm_shift": shift.float() if norm_float32 else shift,
         "w1": draw(inner, channels, scale=channels**-0.5), "b1": draw(inner, scale=0.1),
@@ -22,22 +26,32 @@ def _example(draw: Draw, *, shape: tuple[int, ...], reduced: int | None = None, 
         "w2": draw(channels, inner, scale=inner**-0.5), "b2": draw(channels, scale=0.1),
         "wd": draw(channels, 1, 3, 3, 3, scale=27**-0.5), "bd": draw(channels, scale=0.1),
     }
+    source = dict.fromkeys(("pixels", "weight", "present"))
+    if patch:
+        source = PATCHES.example(draw, shape=(batch, frames, h * patch + 1, w * patch + 2), channels=channels,
+                                 patch=patch, uint8=uint8, missing=missing)
+    return inputs | {"pixels": source["pixels"], "embedding": source["weight"], "present": source["present"]}
 
 
 def _cost(x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tensor, wt: Tensor, bt: Tensor,
-          w2: Tensor, b2: Tensor, wd: Tensor, bd: Tensor) -> Cost:
+          w2: Tensor, b2: Tensor, wd: Tensor, bd: Tensor, pixels: Tensor | None = None,
+          embedding: Tensor | None = None, present: Tensor | None = None) -> Cost:
     reduced, channels = w1.shape
     tokens = x.numel() // channels
+    depth, composing, read = channels, 0, 0
+    if pixels is not None and embedding is not None:
+        depth = embedding[0].numel()
+        composing, read = 2 * reduced * channels * depth, tokens * depth * pixels.element_size()
     # Products with their biases, three taps and a bias, the residual, then 27 taps, a bias and the residual.
-    per_token = 2 * (2 * reduced * channels) + reduced + channels + reduced * 7 + channels + channels * (2 * 27 + 2)
-    weights = tensor_bytes(norm_scale, norm_shift, w1, b1, wt, bt, w2, b2, wd, bd)
-    return Cost(bytes=2 * tensor_bytes(x) + weights, flops=tokens * per_token)
+    per_token = 2 * reduced * (depth + channels) + reduced + channels + reduced * 7 + channels + channels * (2 * 27 + 2)
+    weights = tensor_bytes(norm_scale, norm_shift, w1, b1, wt, bt, w2, b2, wd, bd, embedding)
+    return Cost(bytes=2 * tensor_bytes(x) + read + weights, flops=tokens * per_token + composing)
 
 
 SPEC = OpSpec(
     name="local_encoding",
     schema="Tensor x, Tensor norm_scale, Tensor norm_shift, Tensor w1, Tensor b1, Tensor wt, Tensor bt, Tensor w2, "
-           "Tensor b2, Tensor wd, Tensor bd",
+           "Tensor b2, Tensor wd, Tensor bd, Tensor? pixels, Tensor? embedding, Tensor? present",
     source="SPEC stage 2, `lmhra1` and `dpe`",
     reference="python_ref.ops:local_encoding",
     example=_example,
@@ -49,11 +63,14 @@ SPEC = OpSpec(
         "two_frames": {"shape": (1, 2, 3, 4, 32), "reduced": 19},
         "one_frame": {"shape": (2, 1, 3, 3, 24)},
         "one_patch": {"shape": (1, 4, 1, 1, 33)},
+        "of_pixels": {"shape": (2, 3, 3, 4, 40), "patch": 4},
+        "of_bytes": {"shape": (2, 2, 2, 3, 33), "patch": 3, "uint8": True, "missing": 1, "norm_float32": True},
     },
     bench_sizes={
         "clips2": {"shape": (2, 4, 32, 32, 1024)},
         "clip": {"shape": (1, 4, 32, 32, 1024)},
         "clips4": {"shape": (4, 4, 32, 32, 1024)},
+        "of_pixels": {"shape": (2, 4, 32, 32, 1024), "patch": 14},
         "dim1408": {"shape": (1, 4, 32, 32, 1408)},
     },
     compile_sizes={
@@ -64,7 +81,8 @@ SPEC = OpSpec(
 
 
 def _fake(x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tensor, wt: Tensor, bt: Tensor,
-          w2: Tensor, b2: Tensor, wd: Tensor, bd: Tensor) -> Tensor:
+          w2: Tensor, b2: Tensor, wd: Tensor, bd: Tensor, pixels: Tensor | None, embedding: Tensor | None,
+          present: Tensor | None) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -72,11 +90,17 @@ _op = register(SPEC, _fake)
 
 
 def local_encoding(x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tensor, wt: Tensor, bt: Tensor,
-                   w2: Tensor, b2: Tensor, wd: Tensor, bd: Tensor, *, backend: str = "auto") -> Tensor:
+                   w2: Tensor, b2: Tensor, wd: Tensor, bd: Tensor, *, pixels: Tensor | None = None,
+                   embedding: Tensor | None = None, present: Tensor | None = None, backend: str = "auto") -> Tensor:
     """The whole of LSTE on channels-last tokens.
 
     ``x1 = x + W2 * tconv(W1 * (x * norm_scale + norm_shift) + b1) + b2``, then ``x2 = x1 + dw(x1)``: ``tconv``
     depthwise over time with kernel 3, ``dw`` depthwise 3x3x3, both zero padded.
+
+    Tokens that are ``patch_embed(pixels, embedding, present=present)`` need no product with ``W1``: given what they
+    come from, the op takes the ``x`` that ``W1`` is multiplied by from there, composing ``W1`` with the embedding, and
+    a patch has fewer pixels than channels. It then has gradients of the pixels and of the embedding, beside those that
+    ``x`` hands on to them.
 
     Args:
         x: ``[B, T, h, w, C]``, any floating dtype, any strides.
@@ -86,13 +110,15 @@ def local_encoding(x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor
         wt, bt: ``[R, 3]`` and ``[R]``, the taps over time (previous, same, next frame).
         w2, b2: ``[C, R]`` and ``[C]``, the projection up.
         wd, bd: ``[C, 1, 3, 3, 3]`` and ``[C]``, the position encoding (torch's ``Conv3d`` weight).
+        pixels, embedding, present: what ``x`` was embedded from, as :func:`patch_embed` takes it, or None.
         backend: ``auto`` or a name of ``panda_kernels.backends.NAMES``.
 
     Returns:
         x2, ``[B, T, h, w, C]``, contiguous, dtype of ``x``.
 
     Raises:
-        ValueError: a wrong rank or size, an empty batch, or tensors on several devices.
+        ValueError: a wrong rank or size, an empty batch, tensors on several devices, or only one of pixels and
+            embedding.
         TypeError: a dtype that is not floating, or dtypes that differ.
         BackendError: the backend cannot serve the call.
 
@@ -113,13 +139,27 @@ def local_encoding(x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor
     }
     for name, (tensor, shape) in expected.items():
         check.shape(name, tensor, shape)
-    x, w1, b1, wt, bt, w2, b2, wd, bd = cast(x, w1, b1, wt, bt, w2, b2, wd, bd)
-    check.same(x=x, w1=w1, b1=b1, wt=wt, bt=bt, w2=w2, b2=b2, wd=wd, bd=bd)
+    _check_source(check, x, pixels, embedding, present)
+    x, w1, b1, wt, bt, w2, b2, wd, bd, embedding = cast(x, w1, b1, wt, bt, w2, b2, wd, bd, embedding)
+    check.same(x=x, w1=w1, b1=b1, wt=wt, bt=bt, w2=w2, b2=b2, wd=wd, bd=bd, embedding=embedding)
     check.same_device(x=x, norm_scale=norm_scale, norm_shift=norm_shift)
     for name, tensor in (("norm_scale", norm_scale), ("norm_shift", norm_shift)):
         if tensor.dtype not in (torch.float32, x.dtype):
             check.fail(name, f"torch.float32 or {x.dtype} as x", tensor.dtype, TypeError)
-    return _op(x, norm_scale, norm_shift, w1, b1, wt, bt, w2, b2, wd, bd, backend)
+    return _op(x, norm_scale, norm_shift, w1, b1, wt, bt, w2, b2, wd, bd, pixels, embedding, present, backend)
+
+
+def _check_source(check: Checks, x: Tensor, pixels: Tensor | None, embedding: Tensor | None,
+                  present: Tensor | None) -> None:
+    if pixels is None or embedding is None:
+        for name, tensor in (("pixels", pixels), ("embedding", embedding), ("present", present)):
+            if tensor is not None:
+                check.fail(name, "None without both of pixels and embedding", "a tensor")
+        return
+    check_patches(check, pixels, embedding, present, name="embedding")
+    batch, frames, _, height, width = pixels.shape
+    patch = embedding.shape[3]
+    check.shape("x", x, (batch, frames, height // patch, width // patch, len(embedding)))
 
 
 __all__ = ["SPEC", "local_encoding"]

@@ -94,18 +94,25 @@ def patch_embed(pixels: Tensor, weight: Tensor, *, present: Tensor | None = None
 
     Source: SPEC stage 1, ``patch_embedding``.
     """
-    check = Checks(SPEC.name)
+    check_patches(Checks(SPEC.name), pixels, weight, present)
+    pixels, weight = cast(pixels, weight)
+    return _op(pixels, weight, present, backend)
+
+
+def check_patches(check: Checks, pixels: Tensor, weight: Tensor, present: Tensor | None, *,
+                  name: str = "weight") -> None:
+    """What :func:`patch_embed` raises of its arguments; ``name`` is the weight's."""
     check.shape("pixels", pixels, ("B", "T", "P", "H", "W"))
     check.not_empty("pixels", pixels)
     check.floating("pixels", pixels, also=(torch.uint8,))
     if pixels.shape[2] < 3:
         check.fail("pixels", "at least 3 planes", f"{pixels.shape[2]}")
-    check.shape("weight", weight, ("C", 3, "p", "p"))
-    check.not_empty("weight", weight)
-    check.floating("weight", weight)
+    check.shape(name, weight, ("C", 3, "p", "p"))
+    check.not_empty(name, weight)
+    check.floating(name, weight)
     patch = weight.shape[3]
     if weight.shape[2] != patch:
-        check.fail("weight", "square patches", f"{weight.shape[2]} x {patch}")
+        check.fail(name, "square patches", f"{weight.shape[2]} x {patch}")
     if pixels.shape[3] < patch or pixels.shape[4] < patch:
         check.fail("pixels", f"at least one patch of {patch} x {patch}",
                    f"{pixels.shape[3]} x {pixels.shape[4]} pixels")
@@ -113,9 +120,7 @@ def patch_embed(pixels: Tensor, weight: Tensor, *, present: Tensor | None = None
         check.shape("present", present, pixels.shape[:2])
         if present.dtype != torch.bool:
             check.fail("present", torch.bool, present.dtype, TypeError)
-    check.same_device(pixels=pixels, weight=weight, present=present)
-    pixels, weight = cast(pixels, weight)
-    return _op(pixels, weight, present, backend)
+    check.same_device(**{"pixels": pixels, name: weight, "present": present})
 
 
 __all__ = ["SPEC", "patch_embed"]

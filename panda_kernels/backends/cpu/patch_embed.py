@@ -27,14 +27,27 @@ def readable(pixels: Tensor) -> Tensor:
     return pixels if pixels.dtype in (torch.uint8, torch.float32, torch.bfloat16) else pixels.float()
 
 
+def embed(pixels: Tensor, packed: Tensor, bias: Tensor | None, present: Tensor | None, patch: int, y: Tensor) -> None:
+    kernels.patch_embed(readable(pixels), None if present is None else present.contiguous(), normalisation(), patch,
+                        packed, bias, y)
+
+
+def add_gradient(grad: Tensor, pixels: Tensor, present: Tensor | None, patch: int,
+                 sums: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """The float32 gradients ``[C, 3 p^2]`` and ``[C]`` of a weight and a bias, added to ``sums``, if there are any."""
+    weight, bias = sums or (torch.empty(grad.shape[-1], 3 * patch**2), torch.empty(grad.shape[-1]))
+    kernels.patch_embed_gradient(grad, readable(pixels), None if present is None else present.contiguous(),
+                                 normalisation(), patch, sums is not None, weight, bias)
+    return weight, bias
+
+
 def fwd(pixels: Tensor, weight: Tensor, present: Tensor | None) -> Tensor:
     batch, frames, _, height, width = pixels.shape
     channels, _, patch, _ = weight.shape
     dtype = compute_dtype(weight.dtype)
     y = result(batch, frames, height // patch, width // patch, channels, dtype=dtype)
     tune(SPACE, y, C=channels, patch=patch, direction="fwd")
-    kernels.patch_embed(readable(pixels), None if present is None else present.contiguous(), normalisation(), patch,
-                        pack(weight.flatten(1), dtype), y)
+    embed(pixels, pack(weight.flatten(1), dtype), None, present, patch, y)
     return y.to(weight.dtype)
 
 
@@ -51,8 +64,6 @@ def bwd(grad: Tensor, pixels: Tensor, weight: Tensor, present: Tensor | None, *,
         grad_pixels = pixels.new_zeros(pixels.shape)
         whole_patches(grad_pixels, weight).copy_(patches)
     if needs[1]:
-        sums = torch.empty(len(weight), values)
-        kernels.patch_embed_gradient(grads, readable(pixels), None if present is None else present.contiguous(),
-                                     normalisation(), weight.shape[-1], sums)
+        sums, _ = add_gradient(grads, pixels, present, weight.shape[-1])
         grad_weight = sums.view(weight.shape).to(weight.dtype)
     return [grad_pixels, grad_weight]

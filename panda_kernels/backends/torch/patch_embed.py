@@ -23,7 +23,7 @@ def missing_frames(present: Tensor) -> Tensor:
     return ~present[:, :, None, None, None, None, None]
 
 
-def _patches(pixels: Tensor, weight: Tensor, present: Tensor | None) -> Tensor:
+def patch_rows(pixels: Tensor, weight: Tensor, present: Tensor | None) -> Tensor:
     """``[B, T, h, w, 3 * p * p]`` in the weight's dtype."""
     patches = whole_patches(pixels, weight)
     if pixels.dtype == torch.uint8:
@@ -37,8 +37,13 @@ def _patches(pixels: Tensor, weight: Tensor, present: Tensor | None) -> Tensor:
     return patches.flatten(4)
 
 
+def composed(weight: Tensor, embedding: Tensor) -> Tensor:
+    """The embedding ``[R, 3, p, p]``, in the dtype of ``weight [R, C]``, whose tokens ``weight`` has multiplied."""
+    return (weight @ embedding.flatten(1).to(weight.dtype)).view(-1, *embedding.shape[1:])
+
+
 def fwd(pixels: Tensor, weight: Tensor, present: Tensor | None) -> Tensor:
-    return linear(_patches(pixels, weight, present), weight.flatten(1))
+    return linear(patch_rows(pixels, weight, present), weight.flatten(1))
 
 
 def bwd(grad: Tensor, pixels: Tensor, weight: Tensor, present: Tensor | None, *,
@@ -51,5 +56,5 @@ def bwd(grad: Tensor, pixels: Tensor, weight: Tensor, present: Tensor | None, *,
             patches = patches.masked_fill(missing_frames(present), 0.0)
         whole_patches(grad_pixels, weight).copy_(patches)
     if needs[1]:
-        grad_weight = matmul(rows(grad).T, rows(_patches(pixels, weight, present))).view(weight.shape)
+        grad_weight = matmul(rows(grad).T, rows(patch_rows(pixels, weight, present))).view(weight.shape)
     return [grad_pixels, grad_weight]

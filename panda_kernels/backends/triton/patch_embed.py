@@ -21,7 +21,7 @@ def _patches(pixels: Tensor, weight: Tensor, present: Tensor | None) -> Tensor:
     return patch_rows(pixels, weight.shape[3], weight.dtype, present)
 
 
-def _weight_rows(weight: Tensor) -> Tensor:
+def weight_rows(weight: Tensor) -> Tensor:
     """``[C, row_length]``, padded as the patches are."""
     length, used = row_length(weight.shape[3], weight.dtype), weight[0].numel()
     if length == used:
@@ -36,7 +36,7 @@ def fwd(pixels: Tensor, weight: Tensor, present: Tensor | None) -> Tensor:
     patch, channels = weight.shape[3], weight.shape[0]
     y = torch.empty(*pixels.shape[:2], pixels.shape[3] // patch, pixels.shape[4] // patch, channels,
                     dtype=weight.dtype, device=weight.device)
-    torch.mm(_patches(pixels, weight, present), _weight_rows(weight).t(), out=y.view(-1, channels))
+    torch.mm(_patches(pixels, weight, present), weight_rows(weight).t(), out=y.view(-1, channels))
     return y
 
 
@@ -45,7 +45,7 @@ def bwd(grad: Tensor, pixels: Tensor, weight: Tensor, present: Tensor | None, *,
     grads: list[Tensor | None] = [None] * len(needs)
     grad = grad.reshape(-1, weight.shape[0])
     if needs[0]:
-        patches = torch.mm(grad, _weight_rows(weight))
+        patches = torch.mm(grad, weight_rows(weight))
         grads[0] = put_patches_back(patches, pixels, weight.shape[3], None if present is None else present.contiguous())
     if needs[1]:
         rows = torch.mm(grad.t(), _patches(pixels, weight, present))
