@@ -82,11 +82,12 @@ class OfPixels:
         moments, sums = self._sums
         of_embedding = (self.weight.T @ moments).view(self.embedding.shape)
         return (moments @ self.embedding.flatten(1).float().T, sums,
-                [self._grad_pixels, of_embedding.to(self.embedding.dtype), None])
+                [self._grad_pixels, of_embedding.to(self.embedding.dtype)])
 
 
-def first_product(x: Tensor, pixels: Tensor | None, embedding: Tensor | None, present: Tensor | None, weight: Tensor,
-                  bias: Tensor, *, needs_pixels: bool = False) -> OfTokens | OfPixels:
+def first_product(x: Tensor, source: tuple[Tensor | None, ...], weight: Tensor, bias: Tensor, *,
+                  needs_pixels: bool = False) -> OfTokens | OfPixels:
+    pixels, embedding, present = source
     if pixels is None or embedding is None:
         return OfTokens(x, weight, bias)
     return OfPixels(pixels, embedding, present, weight, bias, x.dtype, needs_pixels=needs_pixels)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...tuning import Space
+from ..torch._arithmetic import for_each
 from . import refusals  # noqa: F401
 from ._arrays import (
     PANEL,
@@ -92,7 +93,7 @@ def _bottleneck(x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b
                 w2: Tensor, b2: Tensor, *source: Tensor | None, needs_pixels: bool = False) -> _Bottleneck:
     more = -len(w1) % PANEL
     weight, bias = fold_norm(norm_scale, norm_shift, w1)
-    first = first_product(x, *source, F.pad(weight, (0, 0, 0, more)), F.pad(bias + b1.float(), (0, more)),
+    first = first_product(x, source, F.pad(weight, (0, 0, 0, more)), F.pad(bias + b1.float(), (0, more)),
                           needs_pixels=needs_pixels)
     return _Bottleneck(x.dtype, first, F.pad(wt.float(), (0, 0, 0, more)).T.contiguous(), F.pad(floats(bt), (0, more)),
                        F.pad(w2, (0, more)), floats(b2))
@@ -158,4 +159,4 @@ def bwd(grad: Tensor, x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Ten
              squeeze * norm_scale.float() + e[:, None] * norm_shift.float(), e, time[:, :reduced].T,
              time_bias[:reduced], expand[:, :reduced], grad_b2, position.T.reshape(wd.shape), grad_bd]
     inputs = (norm_scale, norm_shift, w1, b1, wt, bt, w2, b2, wd, bd)
-    return [grad_x.to(x.dtype), *(g.to(t.dtype) for g, t in zip(found, inputs, strict=True)), *of_source]
+    return for_each(needs, grad_x.to(x.dtype), *(g.to(t.dtype) for g, t in zip(found, inputs, strict=True)), *of_source)

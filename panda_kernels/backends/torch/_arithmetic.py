@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,11 @@ def total(x: Tensor) -> Tensor:
     whole = len(tokens) // length * length
     sums = tokens[:whole].unflatten(0, (-1, length)).sum(1, dtype=wide(x)).sum(0)
     return sums + tokens[whole:].sum(0, dtype=wide(x))
+
+
+def for_each(needs: Sequence[bool], *grads: Tensor | None) -> list[Tensor | None]:
+    """``grads``, and None for the tensors behind those."""
+    return [*grads, *[None] * (len(needs) - len(grads))]
 
 
 def normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import depthwise_conv3d, patch_embed, refusals  # noqa: F401
-from ._arithmetic import linear, matmul, rows, total, wide
+from ._arithmetic import for_each, linear, matmul, rows, total, wide
 
 Gradients = list[Tensor | None]
 
@@ -56,7 +56,7 @@ def bwd(grad: Tensor, x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Ten
     grad_w2 = matmul(rows(grad_x1).T, rows(over_time)) if needs[7] else None
     grad_b2 = total(grad_x1).to(x.dtype) if needs[8] else None
     if not any(needs[:7] + needs[11:]):
-        return [None] * 7 + [grad_w2, grad_b2, grad_wd, grad_bd]
+        return for_each(needs, *[None] * 7, grad_w2, grad_b2, grad_wd, grad_bd)
 
     grad_inner, grad_taps, grad_bt = depthwise_conv3d.bwd(
         matmul(grad_x1, w2), inner, _taps(wt), bt, False, needs=[True, needs[5], needs[6]])
@@ -66,15 +66,15 @@ def bwd(grad: Tensor, x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Ten
         grad_x = matmul(grad_inner, weight.to(x.dtype)).add_(grad_x1)
     norm_grads, of_source = first_gradients(grad_inner, x, weight, (norm_scale, norm_shift, w1, b1),
                                             (pixels, embedding, present), needs, patch_embed.bwd)
-    return [grad_x, *norm_grads, None if grad_taps is None else grad_taps.view(wt.shape), grad_bt, grad_w2, grad_b2,
-            grad_wd, grad_bd, *of_source]
+    grad_wt = None if grad_taps is None else grad_taps.view(wt.shape)
+    return for_each(needs, grad_x, *norm_grads, grad_wt, grad_bt, grad_w2, grad_b2, grad_wd, grad_bd, *of_source)
 
 
 def first_gradients(grad_inner: Tensor, x: Tensor, weight: Tensor, parameters: tuple[Tensor, ...],
                     source: tuple[Tensor | None, ...], needs: list[bool],
                     embedding_bwd: Callable[..., Gradients]) -> tuple[Gradients, Gradients]:
     """From the gradient of the bottleneck those of the norm's scale and shift, of w1 and b1, which are the
-    ``parameters``, and, if there are pixels, those of the source.
+    ``parameters``, and, if there are pixels, those of the pixels and of the embedding.
 
     ``weight`` is w1 with the norm in it, ``embedding_bwd`` the gradient of ``patch_embed``.
     """
@@ -89,7 +89,7 @@ def first_gradients(grad_inner: Tensor, x: Tensor, weight: Tensor, parameters: t
     moments = found.flatten(1).to(weight.dtype)
     grad_embedding = (weight.T @ moments).view(embedding.shape).to(embedding.dtype)
     products = moments @ embedding.flatten(1).to(weight.dtype).T
-    return norm_and_w1(products, grad_inner, *parameters), [grad_pixels, grad_embedding, None]
+    return norm_and_w1(products, grad_inner, *parameters), [grad_pixels, grad_embedding]
 
 
 def norm_and_w1(products: Tensor, grad_inner: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ...triton.local_encoding import bottleneck, bottleneck_gradient, folded, over_time
 from ...triton.matmul import multiply
-from ..torch._arithmetic import matmul, rows, total
+from ..torch._arithmetic import for_each, matmul, rows, total
 from ..torch.local_encoding import first_gradients
 from ..torch.patch_embed import composed
 from . import depthwise_conv3d, patch_embed, refusals  # noqa: F401
@@ -55,11 +55,11 @@ def bwd(grad: Tensor, x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Ten
                                                      needs=[any(needs[:9] + needs[11:]), needs[9], needs[10]])
     del x1
     if grad_x1 is None:
-        return [None] * 9 + [grad_wd, grad_bd]
+        return for_each(needs, *[None] * 9, grad_wd, grad_bd)
     grad_w2 = matmul(rows(grad_x1).T, mixed[:, :len(up)]) if needs[7] else None
     grad_b2 = total(grad_x1).to(b2.dtype) if needs[8] else None
     if not any(needs[:7] + needs[11:]):
-        return [None] * 7 + [grad_w2, grad_b2, grad_wd, grad_bd]
+        return for_each(needs, *[None] * 7, grad_w2, grad_b2, grad_wd, grad_bd)
 
     grad_inner, grad_wt, grad_bt = bottleneck_gradient(grad_x1, up, parameters, inner)
     grad_x = grad_x1
@@ -68,5 +68,5 @@ def bwd(grad: Tensor, x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Ten
     norm_grads, of_source = first_gradients(
         grad_inner[:, :len(up)], x, w1.float() * norm_scale.float(), (norm_scale, norm_shift, w1, b1), source, needs,
         patch_embed.bwd)
-    return [grad_x, *norm_grads, grad_wt.to(wt.dtype), grad_bt.to(bt.dtype), grad_w2, grad_b2, grad_wd, grad_bd,
-            *of_source]
+    of_time = grad_wt.to(wt.dtype), grad_bt.to(bt.dtype)
+    return for_each(needs, grad_x, *norm_grads, *of_time, grad_w2, grad_b2, grad_wd, grad_bd, *of_source)
