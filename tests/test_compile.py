@@ -123,6 +123,8 @@ def test_export(strict):
     assert {str(node.target) for node in program.graph.nodes} >= {
         f"panda_kernels.{op}.default" for op in ("patch_embed", "local_encoding", "attention_pool",
                                                  "window_attention_pool", "assemble_tokens")}
+    encoding = next(node for node in program.graph.nodes if str(node.target) == "panda_kernels.local_encoding.default")
+    assert all(encoding.args[11:13]), "the bottleneck is not taken from the pixels and the embedding"
 
 
 @pytest.mark.parametrize("frames", [4, 1])

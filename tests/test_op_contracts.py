@@ -22,7 +22,8 @@ from panda_kernels.spec import Inputs
 CASES = [(op, case) for op in OPS for case in SPECS[op].test_sizes]
 # One for each way an op is called: optional tensors there and not, packed and dense.
 WAYS = [(op, first_case(op)) for op in OPS] + [
-    ("attention_pool", "packed_sets"), ("depthwise_conv3d", "one_frame"), ("patch_embed", "missing")]
+    ("attention_pool", "packed_sets"), ("depthwise_conv3d", "one_frame"), ("local_encoding", "of_pixels"),
+    ("patch_embed", "missing")]
 
 
 def arguments(op: str, inputs: Inputs, backend: str) -> tuple[Any, ...]:
@@ -205,6 +206,15 @@ FAULTS: list[tuple[str, str, str, Change, type[Exception], str]] = [
     ("local_encoding", "stab", "w2", LONGER, ValueError, r"w2: expected shape \[64, 42\]"),
     ("local_encoding", "stab", "wd", WIDER, ValueError, r"wd: expected shape \[64, 1, 3, 3, 3\]"),
     ("local_encoding", "stab", "bd", DOUBLE, TypeError, "bd: expected torch.float32 as x"),
+    ("local_encoding", "of_pixels", "pixels", to(None), ValueError, "embedding: expected None without both of pixels"),
+    ("local_encoding", "of_pixels", "embedding", to(None), ValueError, "pixels: expected None without both of pixels"),
+    ("local_encoding", "of_pixels", "pixels", lambda t: t[:, :2], ValueError, r"x: expected shape \[2, 2, 3, 4, 40\]"),
+    ("local_encoding", "of_pixels", "pixels", lambda t: t[..., :15], ValueError, r"x: expected shape \[2, 3, 3, 3, 40"),
+    ("local_encoding", "of_pixels", "pixels", lambda t: t[:, :, :2], ValueError, "pixels: expected at least 3 planes"),
+    ("local_encoding", "of_pixels", "embedding", lambda t: t[..., :3], ValueError, "embedding: expected square patches"),
+    ("local_encoding", "of_pixels", "embedding", lambda t: t[1:], ValueError, r"x: expected shape .* 39\]"),
+    ("local_encoding", "of_pixels", "embedding", DOUBLE, TypeError, "embedding: expected torch.float32 as x"),
+    ("local_encoding", "of_bytes", "present", LONGER, ValueError, r"present: expected shape \[2, 2\], got \[3, 2\]"),
     ("attention_pool", "gstra", "x", FLAT, ValueError, r"x: expected shape \[B, N, C\]"),
     ("attention_pool", "gstra", "x", lambda t: t[:, :0], ValueError, "x: expected at least one element"),
     ("attention_pool", "gstra", "x", INTEGER, TypeError, "x: expected a floating dtype"),

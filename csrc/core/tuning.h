@@ -4,8 +4,8 @@
 
 namespace panda {
 
-// No value changes a bit of a result, with one exception: the gradient of patch_embed's weight is a sum over bands, so
-// that band_tokens changes its rounding.
+// No value changes a bit of a result, with one exception: the gradient of a weight that patches meet is a sum over
+// bands, so that band_tokens changes its rounding.
 struct Tuning {
   // Tokens whose intermediates exist at a time: enough rows for the products to reuse a panel of weights, few enough to
   // stay in the caches.

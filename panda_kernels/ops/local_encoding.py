@@ -13,8 +13,9 @@ from .patch_embed import check_patches
 
 
 def _example(draw: Draw, *, shape: tuple[int, ...], reduced: int | None = None, norm_float32: bool = False,
-             patch: int = 0, uint8: bool = False, missing: int = 0) -> Inputs:
-    """With a ``patch`` the first product is that of pixels, whose last ``missing`` frames are absent."""
+             patch: int = 0, beyond: int = 0, uint8: bool = False, missing: int = 0) -> Inputs:
+    """With a ``patch`` the first product is that of pixels, some ``beyond`` whole patches; the last ``missing`` frames
+    are absent."""
     batch, frames, h, w, channels = shape
     inner = int(channels / 1.5) if reduced is None else reduced
     scale, shift = draw(channels, scale=0.2, shift=1.0), draw(channels, scale=0.2)
@@ -28,7 +29,7 @@ def _example(draw: Draw, *, shape: tuple[int, ...], reduced: int | None = None, 
     }
     source = dict.fromkeys(("pixels", "weight", "present"))
     if patch:
-        source = PATCHES.example(draw, shape=(batch, frames, h * patch + 1, w * patch + 2), channels=channels,
+        source = PATCHES.example(draw, shape=(batch, frames, h * patch + beyond, w * patch + beyond), channels=channels,
                                  patch=patch, uint8=uint8, missing=missing)
     return inputs | {"pixels": source["pixels"], "embedding": source["weight"], "present": source["present"]}
 
@@ -64,7 +65,8 @@ SPEC = OpSpec(
         "one_frame": {"shape": (2, 1, 3, 3, 24)},
         "one_patch": {"shape": (1, 4, 1, 1, 33)},
         "of_pixels": {"shape": (2, 3, 3, 4, 40), "patch": 4},
-        "of_bytes": {"shape": (2, 2, 2, 3, 33), "patch": 3, "uint8": True, "missing": 1, "norm_float32": True},
+        "of_bytes": {"shape": (2, 2, 2, 3, 33), "patch": 3, "beyond": 2, "uint8": True, "missing": 1,
+                     "norm_float32": True},
     },
     bench_sizes={
         "clips2": {"shape": (2, 4, 32, 32, 1024)},
