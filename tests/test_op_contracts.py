@@ -211,7 +211,7 @@ FAULTS: list[tuple[str, str, str, Change, type[Exception], str]] = [
     ("local_encoding", "of_pixels", "pixels", lambda t: t[:, :2], ValueError, r"x: expected shape \[2, 2, 3, 4, 40\]"),
     ("local_encoding", "of_pixels", "pixels", lambda t: t[..., :15], ValueError, r"x: expected shape \[2, 3, 3, 3, 40"),
     ("local_encoding", "of_pixels", "pixels", lambda t: t[:, :, :2], ValueError, "pixels: expected at least 3 planes"),
-    ("local_encoding", "of_pixels", "embedding", lambda t: t[..., :3], ValueError, "embedding: expected square patches"),
+    ("local_encoding", "of_pixels", "embedding", lambda t: t[..., :3], ValueError, "embedding: expected square"),
     ("local_encoding", "of_pixels", "embedding", lambda t: t[1:], ValueError, r"x: expected shape .* 39\]"),
     ("local_encoding", "of_pixels", "embedding", DOUBLE, TypeError, "embedding: expected torch.float32 as x"),
     ("local_encoding", "of_bytes", "present", LONGER, ValueError, r"present: expected shape \[2, 2\], got \[3, 2\]"),
