@@ -12,7 +12,6 @@ from bench.half_products import peer_dtype, peer_name
 from bench.measure import Bench
 from bench.records import OURS
 from panda_kernels import fp8
-from panda_kernels.spec import Cost
 
 PROJECTED = ("8 frames", "720p clip", "image", "1 clip", "4 clips")
 ROWS = [(case, projected) for case in tower.CASES for projected in ((False, True) if case in PROJECTED else (False,))]
@@ -59,9 +58,8 @@ def test_training_step(bench: Bench, case: str, dtype: torch.dtype, device: str)
     _skip_if_too_large(tower.CASES[case].fits(device, training=True))
     contest = training.contenders(dtype, device=device)
     ours, peers = contest.calls(tower.CASES[case].pixel_values(dtype))
-    forward = tower.cost(tower.CASES[case], dtype, False)
     bench.row(_labels("training step", case, dtype), ours, peers, partial(training.errors, contest),
-              Cost(bytes=3 * forward.bytes, flops=3 * forward.flops))
+              tower.training_cost(tower.CASES[case], dtype))
 
 
 @pytest.mark.parametrize("kind", ["forward", "training"])

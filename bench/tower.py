@@ -135,7 +135,7 @@ def errors(case: Case, contest: Contenders, projected: bool) -> Errors:
 def cost(case: Case, dtype: torch.dtype, projected: bool, *, dim: int = DIM) -> Cost:
     """The least arithmetic known, with the identities of SPEC ("The same function, cheaper"), and each byte once.
 
-    Small terms (norms, softmax, work once a clip or a frame) are left out.
+    Small terms (norms, softmax, work once a clip or a frame, or on weights alone) are left out.
     """
     row0, row1, col0, col1 = case.rectangle
     grid = ((row1 - row0) // WINDOW, (col1 - col0) // WINDOW)
@@ -143,10 +143,10 @@ def cost(case: Case, dtype: torch.dtype, projected: bool, *, dim: int = DIM) -> 
     windows, tokens = frames * grid[0] * grid[1], frames * (1 + grid[0] * (grid[1] + 1))
     reduced = int(dim / 1.5)
     patches = frames * SQUARE[1] * SQUARE[3] if case.frames > 1 else frames * (row1 - row0) * (col1 - col0)
-    multiply_adds = patches * dim * 3 * PATCH**2
+    multiply_adds = _of_patches(patches, dim, case.frames)
     weights = dim * 3 * PATCH**2 + 8 * dim**2
     if case.frames > 1:
-        multiply_adds += patches * (2 * dim * reduced + 3 * reduced + 27 * dim + 2 * HEADS * dim)
+        multiply_adds += patches * (dim * reduced + 3 * reduced + 27 * dim + 2 * HEADS * dim)
         weights += 2 * dim * reduced + 27 * dim + 13 * dim**2
     multiply_adds += windows * (4 * dim**2 + 2 * HEADS * dim)
     if projected:
@@ -155,6 +155,18 @@ def cost(case: Case, dtype: torch.dtype, projected: bool, *, dim: int = DIM) -> 
     pixels = 3 * (PATCH**2) * frames * SQUARE[1] * SQUARE[3]
     numbers = pixels + weights + tokens * (PROJECTED if projected else dim)
     return Cost(bytes=numbers * dtype.itemsize, flops=2 * multiply_adds)
+
+
+def _of_patches(patches: int, dim: int, frames: int) -> int:
+    """Multiply-adds from the pixels to the embedding and, of a video, to LSTE's bottleneck."""
+    return patches * 3 * PATCH**2 * (dim + (int(dim / 1.5) if frames > 1 else 0))
+
+
+def training_cost(case: Case, dtype: torch.dtype) -> Cost:
+    """A gradient is two products for each of the forward's, but for those of the pixels, which have none."""
+    forward = cost(case, dtype, False)
+    patches = case.clips * case.frames * SQUARE[1] * SQUARE[3]
+    return Cost(bytes=3 * forward.bytes, flops=3 * forward.flops - 2 * _of_patches(patches, DIM, case.frames))
 
 
 @functools.cache

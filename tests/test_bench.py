@@ -19,7 +19,17 @@ GOOD = measure.Errors(1e-7, 1.5e-7, 2e-7)
 
 @pytest.mark.parametrize(("projected", "operations"), [(False, 51e9), (True, 142e9)])
 def test_cost_is_that_of_the_specification(projected, operations):
-    assert tower.cost(tower.CASES["8 frames"], torch.float32, projected).flops == pytest.approx(operations, rel=0.01)
+    """Which counts W1 as a product of the tokens, where 588 pixels of a patch stand for its 1024 channels."""
+    saved = 2 * 8192 * 682 * (1024 - 588)
+    flops = tower.cost(tower.CASES["8 frames"], torch.float32, projected).flops
+    assert flops == pytest.approx(operations - saved, rel=0.01)
+
+
+def test_cost_of_a_training_step_has_no_gradient_of_the_pixels():
+    case = tower.CASES["8 frames"]
+    forward, step = tower.cost(case, torch.float32, False).flops, tower.training_cost(case, torch.float32).flops
+    of_pixels = 2 * 8192 * 588 * (1024 + 682)
+    assert step == 2 * of_pixels + 3 * (forward - of_pixels)
 
 
 def test_cost_of_a_cropped_clip_is_less_and_bytes_follow_the_dtype():

@@ -98,6 +98,5 @@ class GSTRA(HasBackend):
     def finish(self, query: Tensor, z: Tensor, wv: Tensor | None = None) -> Tensor:
         """What follows the pooling: ``z [B, num_heads, C]`` -> ``g [B, C]``."""
         wv, bv = self._weights()[2] if wv is None else wv, self.attn.in_proj_bias.chunk(3)[2]
-        out, values = self.attn.out_proj, project_values(z, wv, self.ln_3, backend=self.backend) + bv
-        g = query.flatten() + linear(values, out.weight, out.bias, backend=self.backend)
+        g = query.flatten() + self.attn.out_proj(project_values(z, wv, self.ln_3, backend=self.backend) + bv)
         return g + self.mlp(self.ln_2(g))
