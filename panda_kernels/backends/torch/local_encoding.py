@@ -16,19 +16,20 @@ Gradients = list[Tensor | None]
 
 
 def _folded(x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tensor) -> tuple[Tensor, Tensor]:
-    """W1 and b1 with the norm's affine in them, in the wide dtype."""
+    """W1 and b1 with the norm's affine in them, composed in the wide dtype."""
     precise = w1.to(wide(x))
     weight = precise * norm_scale.to(precise.dtype)
-    return weight, F.linear(norm_shift.to(precise.dtype), precise, b1.to(precise.dtype))
+    bias = F.linear(norm_shift.to(precise.dtype), precise, b1.to(precise.dtype))
+    return weight.to(x.dtype), bias.to(x.dtype)
 
 
 def _first(x: Tensor, weight: Tensor, bias: Tensor, pixels: Tensor | None, embedding: Tensor | None,
            present: Tensor | None) -> Tensor:
     """The bottleneck, from the tokens or from the pixels they were embedded from."""
     if pixels is None or embedding is None:
-        return linear(x, weight.to(x.dtype), bias.to(x.dtype))
+        return linear(x, weight, bias)
     both = patch_embed.composed(weight, embedding).flatten(1)
-    return linear(patch_embed.patch_rows(pixels, embedding, present), both.to(x.dtype), bias.to(x.dtype))
+    return linear(patch_embed.patch_rows(pixels, embedding, present), both, bias)
 
 
 def _taps(wt: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ def bwd(grad: Tensor, x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Ten
     assert grad_inner is not None
     grad_x = grad_x1
     if pixels is None and needs[0]:
-        grad_x = matmul(grad_inner, weight.to(x.dtype)).add_(grad_x1)
+        grad_x = matmul(grad_inner, weight).add_(grad_x1)
     norm_grads, of_source = first_gradients(grad_inner, x, weight, (norm_scale, norm_shift, w1, b1),
                                             (pixels, embedding, present), needs, patch_embed.bwd)
     grad_wt = None if grad_taps is None else grad_taps.view(wt.shape)
@@ -83,12 +84,13 @@ def first_gradients(grad_inner: Tensor, x: Tensor, weight: Tensor, parameters: t
     pixels, embedding, present = source
     if pixels is None or embedding is None:
         return norm_and_w1(matmul(rows(grad_inner).T, rows(x)), grad_inner, *parameters), []
-    both = patch_embed.composed(weight, embedding).to(embedding.dtype)
+    shape = len(weight), *embedding.shape[1:]  # all that the weight's gradient asks of it
+    both = patch_embed.composed(weight, embedding) if needs[11] else weight.new_empty(shape)
     grad_pixels, found = embedding_bwd(grad_inner, pixels, both, present, needs=[needs[11], True])
     assert found is not None
-    moments = found.flatten(1).to(weight.dtype)
-    grad_embedding = (weight.T @ moments).view(embedding.shape).to(embedding.dtype)
-    products = moments @ embedding.flatten(1).to(weight.dtype).T
+    moments = found.flatten(1)
+    grad_embedding = matmul(weight.T, moments).view(embedding.shape)
+    products = matmul(moments, embedding.flatten(1).T)
     return norm_and_w1(products, grad_inner, *parameters), [grad_pixels, grad_embedding]
 
 

@@ -39,7 +39,7 @@ def patch_rows(pixels: Tensor, weight: Tensor, present: Tensor | None) -> Tensor
 
 def composed(weight: Tensor, embedding: Tensor) -> Tensor:
     """The embedding ``[R, 3, p, p]``, in the dtype of ``weight [R, C]``, whose tokens ``weight`` has multiplied."""
-    return (weight @ embedding.flatten(1).to(weight.dtype)).view(-1, *embedding.shape[1:])
+    return matmul(weight, embedding.flatten(1).to(weight.dtype)).view(-1, *embedding.shape[1:])
 
 
 def fwd(pixels: Tensor, weight: Tensor, present: Tensor | None) -> Tensor:

@@ -16,13 +16,13 @@ def _folded(*parameters: Tensor) -> tuple[Tensor, Tensor]:
     return folded(*(t.contiguous() for t in parameters))
 
 
-def _bottleneck(x: Tensor, weight: Tensor, rows: Tensor, norm_scale: Tensor, w1: Tensor, pixels: Tensor | None,
-                embedding: Tensor | None, present: Tensor | None, *, keep_inner: bool) -> tuple[Tensor | None, Tensor]:
+def _bottleneck(x: Tensor, weight: Tensor, rows: Tensor, pixels: Tensor | None, embedding: Tensor | None,
+                present: Tensor | None, *, keep_inner: bool) -> tuple[Tensor | None, Tensor]:
     """Of the tokens in one kernel; of the pixels they were embedded from by a product and a pass over time."""
     if pixels is None or embedding is None:
         return bottleneck(x, weight, rows, keep_inner=keep_inner)
-    both = composed(w1.float() * norm_scale.float(), embedding).to(x.dtype)
-    both = F.pad(patch_embed.weight_rows(both), (0, 0, 0, rows.shape[1] - len(both)))
+    both = patch_embed.weight_rows(composed(weight, embedding))
+    both = F.pad(both, (0, 0, 0, rows.shape[1] - len(both)))
     patches = patch_embed.patch_rows(pixels, embedding.shape[3], x.dtype, present)
     inner = multiply(patches, both, rows[0])
     no_bias = F.pad(rows[1:], (0, 0, 1, 0))
@@ -37,8 +37,7 @@ def _up(over_time: Tensor, w2: Tensor, b2: Tensor, x: Tensor) -> Tensor:
 def fwd(x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tensor, wt: Tensor, bt: Tensor, w2: Tensor,
         b2: Tensor, wd: Tensor, bd: Tensor, *source: Tensor | None) -> Tensor:
     x = x.contiguous()
-    _, mixed = _bottleneck(x, *_folded(w1, b1, norm_scale, norm_shift, wt, bt), norm_scale, w1, *source,
-                           keep_inner=False)
+    _, mixed = _bottleneck(x, *_folded(w1, b1, norm_scale, norm_shift, wt, bt), *source, keep_inner=False)
     return depthwise_conv3d.fwd(_up(mixed, w2.t().contiguous(), b2, x), wd, bd, True)
 
 
@@ -47,7 +46,7 @@ def bwd(grad: Tensor, x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Ten
         needs: list[bool]) -> list[Tensor | None]:
     x, up = x.contiguous(), w2.t().contiguous()
     weight, parameters = _folded(w1, b1, norm_scale, norm_shift, wt, bt)
-    inner, mixed = _bottleneck(x, weight, parameters, norm_scale, w1, *source, keep_inner=True)
+    inner, mixed = _bottleneck(x, weight, parameters, *source, keep_inner=True)
     assert inner is not None
 
     x1 = _up(mixed, up, b2, x) if any(needs[9:11]) else x  # read for the taps' gradient only
@@ -65,8 +64,7 @@ def bwd(grad: Tensor, x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Ten
     grad_x = grad_x1
     if source[0] is None and needs[0]:
         grad_x = multiply(grad_inner, weight, residual=rows(grad_x1), transposed=True).view(x.shape)
-    norm_grads, of_source = first_gradients(
-        grad_inner[:, :len(up)], x, w1.float() * norm_scale.float(), (norm_scale, norm_shift, w1, b1), source, needs,
-        patch_embed.bwd)
+    norm_grads, of_source = first_gradients(grad_inner[:, :len(up)], x, weight, (norm_scale, norm_shift, w1, b1),
+                                            source, needs, patch_embed.bwd)
     of_time = grad_wt.to(wt.dtype), grad_bt.to(bt.dtype)
     return for_each(needs, grad_x, *norm_grads, *of_time, grad_w2, grad_b2, grad_wd, grad_bd, *of_source)
