@@ -50,9 +50,12 @@ def refusals(name: str, op: str, direction: str, inputs: Sequence[Any]) -> list[
 
 
 def first(op: str, direction: str, requested: str, inputs: Sequence[Any]) -> ModuleType | None:
-    """The module of the first backend asked that can serve a call of ``op``, or None; for ops that not all have."""
-    for name in NAMES if requested == "auto" else (requested,):
-        if not refusals(name, op, direction, inputs):
+    """The module of the first backend asked that can serve a call of ``op``, or None; for ops that not all have.
+
+    A name that is none is left to :func:`choose` to refuse.
+    """
+    for name in NAMES:
+        if requested in ("auto", name) and not refusals(name, op, direction, inputs):
             return _op_module(name, op)
     return None
 

@@ -117,7 +117,7 @@ def _keeper(op: str, backend: str, inputs: Sequence[Any]) -> ModuleType | None:
     """The module that serves this call and keeps something for the gradient, if one is wanted and nothing traced."""
     tensors = _tensors(inputs)
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if not wanted or not is_eager(*tensors) or backend not in ("auto", *backends.NAMES):
+    if not wanted or not is_eager(*tensors):
         return None
     module = backends.first(op, "fwd", backend, inputs)
     return module if hasattr(module, "keep") else None
