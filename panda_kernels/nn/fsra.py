@@ -4,11 +4,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
 from ..checks import Checks
-from .few_rows import FewRows, chunks
 from .has_backend import HasBackend
 from .lsd import key_value_projection, query_projection
 from .pooling import fold_query, project_values
@@ -36,19 +35,18 @@ class FSRA(HasBackend):
         self.num_heads = num_heads
         self.q = query_projection(dim, device=device, dtype=dtype)
         self.kv = key_value_projection(dim, device=device, dtype=dtype)
-        self.proj = FewRows(dim, dim, device=device, dtype=dtype)
+        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
 
-    def _weights(self) -> tuple[Tensor, ...]:
+    def _weights(self) -> tuple[Tensor, Tensor]:
         """Of keys and values. Taken twice, each would fill the other's half of the gradient with zeros."""
         kv: Any = self.kv
-        return chunks(kv[1].weight, 2, backend=self.backend)
+        return kv[1].weight.chunk(2)
 
     def fold(self, query: Tensor, wk: Tensor | None = None) -> Tensor:
         """The query, any shape of C elements, as it meets the un-affined tokens: ``[num_heads, C]``."""
         kv: Any = self.kv
         wk = self._weights()[0] if wk is None else wk
-        return fold_query(self.q(query.flatten()), wk, kv[0], self.num_heads, query.numel()**-0.5,
-                          backend=self.backend)
+        return fold_query(self.q(query.flatten()), wk, kv[0], self.num_heads, query.numel()**-0.5)
 
     def forward(self, query: Tensor, y: Tensor, cu_windows: Tensor, *, folded: Tensor | None = None) -> Tensor:
         """Query of C elements, packed windows ``y [num_windows, C]`` -> ``f [frames, C]``.
@@ -76,4 +74,4 @@ class FSRA(HasBackend):
         """What follows the pooling: ``z [frames, num_heads, C]`` -> ``f [frames, C]``."""
         kv: Any = self.kv
         wv = self._weights()[1] if wv is None else wv
-        return query.flatten() + self.proj(project_values(z, wv, kv[0], backend=self.backend))
+        return query.flatten() + self.proj(project_values(z, wv, kv[0]))

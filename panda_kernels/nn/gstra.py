@@ -5,11 +5,12 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
 from ..checks import Checks
-from .few_rows import FewRows, chunks, linear
+from .few_rows import FewRows
 from .has_backend import HasBackend
 from .pooling import fold_query, project_values
 
@@ -60,14 +61,14 @@ class GSTRA(HasBackend):
 
     def _weights(self) -> tuple[Tensor, ...]:
         """Of queries, keys and values. Taken twice, each would fill the others' part of the gradient with zeros."""
-        return chunks(self.attn.in_proj_weight, 3, backend=self.backend)
+        return self.attn.in_proj_weight.chunk(3)
 
     def fold(self, query: Tensor, weights: tuple[Tensor, ...] | None = None) -> Tensor:
         """The query, any shape of C elements, as it meets the un-affined tokens: ``[num_heads, C]``."""
         wq, wk, _ = self._weights() if weights is None else weights
         bq = self.attn.in_proj_bias.chunk(3)[0]
-        q = linear(self.ln_1(query.flatten()), wq, bq, backend=self.backend)
-        return fold_query(q, wk, self.ln_3, self.attn.num_heads, self.attn.head_dim**-0.5, backend=self.backend)
+        q = F.linear(self.ln_1(query.flatten()), wq, bq)
+        return fold_query(q, wk, self.ln_3, self.attn.num_heads, self.attn.head_dim**-0.5)
 
     def forward(self, query: Tensor, x: Tensor, *, folded: Tensor | None = None) -> Tensor:
         """Query of C elements and tokens ``[B, N, C]`` of the parameters' dtype -> ``g [B, C]``.
@@ -98,5 +99,5 @@ class GSTRA(HasBackend):
     def finish(self, query: Tensor, z: Tensor, wv: Tensor | None = None) -> Tensor:
         """What follows the pooling: ``z [B, num_heads, C]`` -> ``g [B, C]``."""
         wv, bv = self._weights()[2] if wv is None else wv, self.attn.in_proj_bias.chunk(3)[2]
-        g = query.flatten() + self.attn.out_proj(project_values(z, wv, self.ln_3, backend=self.backend) + bv)
+        g = query.flatten() + self.attn.out_proj(project_values(z, wv, self.ln_3) + bv)
         return g + self.mlp(self.ln_2(g))

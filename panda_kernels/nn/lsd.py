@@ -11,13 +11,12 @@ from .. import ops
 from ..checks import Checks
 from ..ops.window_attention_pool import of_sum
 from ..rectangles import Rectangles
-from .few_rows import FewRows
 from .has_backend import HasBackend
 
 
 def query_projection(dim: int, **factory: Any) -> nn.Sequential:
     """``q.0`` and ``q.1``: LayerNorm, then a Linear without bias."""
-    return nn.Sequential(nn.LayerNorm(dim, **factory), FewRows(dim, dim, bias=False, **factory))
+    return nn.Sequential(nn.LayerNorm(dim, **factory), nn.Linear(dim, dim, bias=False, **factory))
 
 
 def key_value_projection(dim: int, **factory: Any) -> nn.Sequential:

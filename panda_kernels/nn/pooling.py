@@ -6,19 +6,17 @@ the softmax's weights sum to one, values can be projected after pooling. Source:
 """
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from .few_rows import per_head
 
-
-def fold_query(q: Tensor, wk: Tensor, norm: nn.LayerNorm, num_heads: int, scale: float, *, backend: str) -> Tensor:
+def fold_query(q: Tensor, wk: Tensor, norm: nn.LayerNorm, num_heads: int, scale: float) -> Tensor:
     """Projected query ``[C]`` and key weight ``[C, C]`` -> ``u [num_heads, C]``, to be met with ``xhat``."""
     keys = wk.unflatten(0, (num_heads, -1))
-    heads = per_head(q.view(1, num_heads, -1), keys, backend=backend, transposed=True)
-    return heads[0] * norm.weight * scale
+    return torch.einsum("nd,ndc->nc", q.unflatten(0, (num_heads, -1)), keys) * norm.weight * scale
 
 
-def project_values(z: Tensor, wv: Tensor, norm: nn.LayerNorm, *, backend: str) -> Tensor:
+def project_values(z: Tensor, wv: Tensor, norm: nn.LayerNorm) -> Tensor:
     """Pooled ``z [S, n, C]`` and value weight ``[C, C]`` -> ``Wv_h (gamma * z_h + beta)`` of all heads, ``[S, C]``."""
     values = wv.unflatten(0, (z.shape[1], -1))
-    return per_head(z * norm.weight + norm.bias, values, backend=backend).flatten(1)
+    return torch.einsum("snc,ndc->snd", z * norm.weight + norm.bias, values).flatten(1)

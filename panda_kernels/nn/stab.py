@@ -13,7 +13,6 @@ from ..ops._rectangle_values import check_corners
 from ..rectangles import Rectangles
 from . import lste_fp8
 from .dense_connection import Sum, dense_connection
-from .few_rows import FewRows
 from .folding import Folded, can_fold, can_serve
 from .fsra import FSRA
 from .gstra import GSTRA
@@ -80,7 +79,7 @@ class STAB(HasBackend, fp8.HasProducts):
         self.dec = GSTRA(dim, gstra_heads, dropout=dropout, **factory)
         self.local_attention = LSD(dim, num_heads, window=window, **factory)
         self.global_attention = FSRA(dim, num_heads, **factory)
-        self.proj = nn.Sequential(nn.LayerNorm(dim, **factory), nn.Dropout(dropout), FewRows(dim, dim, **factory))
+        self.proj = nn.Sequential(nn.LayerNorm(dim, **factory), nn.Dropout(dropout), nn.Linear(dim, dim, **factory))
         self._folded = Folded(self, _fold)
         self._streamed = Folded(self, _prepare_streamed)
         self.products = "native"
