@@ -60,13 +60,16 @@ class OfPixels:
     def _composed(self) -> Tensor:
         return composed(self.weight, self.embedding).to(self.dtype)
 
+    @functools.cached_property
+    def _packed(self) -> Tensor:
+        return pack(self._composed.flatten(1), self.dtype)
+
     def _frames(self, clips: slice) -> tuple[Tensor, Tensor | None]:
         return self.pixels[clips], None if self.present is None else self.present[clips]
 
     def write(self, clips: slice, inner: Tensor) -> Tensor:
         pixels, present = self._frames(clips)
-        packed = pack(self._composed.flatten(1), self.dtype)
-        embed(pixels, packed, self.bias, present, self.embedding.shape[-1], inner)
+        embed(pixels, self._packed, self.bias, present, self.embedding.shape[-1], inner)
         return inner
 
     def take_back(self, clips: slice, grad: Tensor, grad_tokens: Tensor) -> None:
