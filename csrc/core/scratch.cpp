@@ -28,16 +28,16 @@ thread_local Pool pool;
 }  // namespace
 
 // The smallest kept block that is large enough, else a new one.
-ScratchBlock take_scratch(size_t bytes) {
+ScratchBlock take_scratch(size_t wanted) {
+  const size_t bytes = (wanted + Pool::kPage - 1) / Pool::kPage * Pool::kPage;
   if (bytes >= kShared) return {take_pages(int64_t(bytes)), bytes};
   ScratchBlock* best = nullptr;
   for (ScratchBlock& block : pool.kept)
     if (block.data && block.bytes >= bytes && (!best || block.bytes < best->bytes)) best = &block;
   if (best) return std::exchange(*best, ScratchBlock{});
-  const size_t rounded = (bytes + Pool::kPage - 1) / Pool::kPage * Pool::kPage;
-  void* data = std::aligned_alloc(Pool::kPage, rounded);
-  if (!data && rounded) throw std::bad_alloc();
-  return {data, rounded};
+  void* data = std::aligned_alloc(Pool::kPage, bytes);
+  if (!data && bytes) throw std::bad_alloc();
+  return {data, bytes};
 }
 
 // Keeps the largest blocks.
