@@ -22,6 +22,8 @@ namespace {
 
 int64_t bytes_of(ScalarType type) {
   switch (type) {
+    case ScalarType::Double:
+      return 8;
     case ScalarType::Float:
       return 4;
     case ScalarType::BFloat16:

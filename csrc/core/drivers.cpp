@@ -81,6 +81,7 @@ void local_encoding(Dtype dtype, int64_t clips, Grid grid, const void* x0, const
   const int64_t band = rows_for(grid.frames * grid.w, 2), size = size_of(dtype), c = weights.c, r = weights.r;
   const int64_t row = grid.w * c * size;
   LocalEncoder encoder(dtype, grid, weights, band);
+  Scratch<char> hidden(grid.frames * band * grid.w * r * size);
   ProductRows input(dtype, band * grid.w, c);
   for (int64_t clip = 0; clip < clips; ++clip) {
     const auto at = [&](int64_t frame, int64_t i) { return ((clip * grid.frames + frame) * grid.h + i) * row; };
@@ -90,12 +91,12 @@ void local_encoding(Dtype dtype, int64_t clips, Grid grid, const void* x0, const
       std::vector<const void*> residual;
       for (int64_t frame = 0; frame < grid.frames; ++frame) {
         residual.push_back(static_cast<const char*>(x0) + at(frame, i0));
-        char* hidden = static_cast<char*>(encoder.hidden()) + frame * tokens * r * size;
-        Gemm g{input.get(residual.back(), c, tokens), input.stride(c), squeeze, c, r, hidden, r};
+        char* squeezed = hidden.data() + frame * tokens * r * size;
+        Gemm g{input.get(residual.back(), c, tokens), input.stride(c), squeeze, c, r, squeezed, r};
         g.bias = squeeze_bias;
         product(dtype, g, tokens);
       }
-      encoder.expand(i0, rows, residual.data());
+      encoder.expand(i0, rows, hidden.data(), residual.data());
       const int64_t ready = encoder.ready(i0 + rows);
       std::vector<void*> to;
       for (int64_t i = done; i < ready; ++i)
@@ -132,7 +133,6 @@ void window_attention_pool(Dtype dtype, const Windows& windows, const WindowPool
   const std::vector<int64_t> held = window_tokens_of(windows);
   const int64_t count = int64_t(held.size()) / size;
   const int64_t block = std::min(count, tuning().band_tokens);
-  WindowPool pool(dtype, weights, block);
   for (int64_t first = 0; first < count; first += block) {
     const int64_t end = std::min(count, first + block);
     const int64_t* here = held.data() + first * size;
@@ -140,8 +140,8 @@ void window_attention_pool(Dtype dtype, const Windows& windows, const WindowPool
     const auto added = rows_at(windows.added, here, (end - first) * size, token);
     std::vector<void*> out;
     for (int64_t m = first; m < end; ++m) out.push_back(static_cast<char*>(y) + m * token);
-    pool.run(tokens.data(), windows.added ? added.data() : nullptr, end - first, out.data(),
-             kept.from(first * padded_k(dtype, weights.c) * size_of(dtype)));
+    pool_windows({dtype, tokens.data(), windows.added ? added.data() : nullptr, end - first}, weights, out.data(),
+                 kept.from(first * padded_k(dtype, weights.c) * size_of(dtype)));
   }
 }
 

@@ -11,20 +11,15 @@
 namespace panda {
 
 LocalEncoder::LocalEncoder(Dtype dtype, Grid grid, const LocalEncodingWeights& weights, int64_t band)
-    : dtype_(dtype),
-      grid_(grid),
-      weights_(weights),
-      depth_(padded_k(dtype, weights.r)),
-      hidden_(grid.frames * band * grid.w * weights.r * size_of(dtype)),
-      mixed_(grid.frames * band * grid.w * depth_ * size_of(dtype)),
-      x1_(grid, band, grid.w * weights.c * size_of(dtype)) {}
+    : dtype_(dtype), grid_(grid), weights_(weights), x1_(grid, band, grid.w * weights.c * size_of(dtype)) {}
 
-void LocalEncoder::expand(int64_t i0, int64_t rows, const void* const* x0) {
-  const int64_t tokens = rows * grid_.w, c = weights_.c, r = weights_.r;
-  const Temporal over_time{dtype_, hidden_.data(),     mixed_.data(),     r, depth_, grid_.frames, tokens,
-                           r,      weights_.time_taps, weights_.time_bias};
+void LocalEncoder::expand(int64_t i0, int64_t rows, const void* hidden, const void* const* x0) {
+  const int64_t tokens = rows * grid_.w, c = weights_.c, r = weights_.r, depth = padded_k(dtype_, r);
+  Scratch<char> mixed(grid_.frames * tokens * depth * size_of(dtype_));
+  const Temporal over_time{
+      dtype_, hidden, mixed.data(), r, depth, grid_.frames, tokens, r, weights_.time_taps, weights_.time_bias};
   parallel_for(tokens, [&](int64_t first, int64_t last) { kernels().temporal(over_time, first, last); });
-  Gemm g{mixed_.data(), depth_, weights_.expand, r, c, x1_.row(0, i0), c};
+  Gemm g{mixed.data(), depth, weights_.expand, r, c, x1_.row(0, i0), c};
   g.bias = weights_.expand_bias;
   g.ldr = c;
   // Frames that follow one another in x0 too, as the tower's do, are one product.
@@ -36,7 +31,7 @@ void LocalEncoder::expand(int64_t i0, int64_t rows, const void* const* x0) {
   for (int64_t frame = 0; frame < grid_.frames; frame += step) {
     g.residual = x0[frame];
     product(dtype_, g, step * tokens);
-    g.a = static_cast<const char*>(g.a) + tokens * depth_ * size_of(dtype_);
+    g.a = static_cast<const char*>(g.a) + tokens * depth * size_of(dtype_);
     g.c = static_cast<char*>(g.c) + frame_bytes;
   }
 }

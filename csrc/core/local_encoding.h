@@ -18,16 +18,14 @@ struct LocalEncodingWeights {
   const float* position_bias;  // [c]
 };
 
-// One clip, bands of `band` rows in order, each: fill hidden(), expand(), convolve().
+// One clip, bands of `band` rows in order, each: expand(), convolve().
 class LocalEncoder {
  public:
   LocalEncoder(Dtype dtype, Grid grid, const LocalEncodingWeights& weights, int64_t band);
 
-  // [frames][rows of this band * w][r], the output of the first product.
-  void* hidden() { return hidden_.data(); }
-
-  // Rows [i0, i0 + rows); x0[frame] are these rows of the residual, contiguous in each frame.
-  void expand(int64_t i0, int64_t rows, const void* const* x0);
+  // Rows [i0, i0 + rows): from the output of the first product, hidden [frames][rows * w][r], and these rows of the
+  // residual, x0[frame], contiguous in each frame.
+  void expand(int64_t i0, int64_t rows, const void* hidden, const void* const* x0);
 
   // The first row that still lacks a neighbour below once rows up to `expanded` are in.
   int64_t ready(int64_t expanded) const { return expanded == grid_.h ? expanded : expanded - 1; }
@@ -39,8 +37,6 @@ class LocalEncoder {
   Dtype dtype_;
   Grid grid_;
   LocalEncodingWeights weights_;
-  int64_t depth_;
-  Scratch<char> hidden_, mixed_;
   TwoBands x1_;
 };
 

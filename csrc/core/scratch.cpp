@@ -10,7 +10,7 @@ namespace panda {
 
 namespace {
 
-constexpr size_t kShared = size_t(1) << 20;  // larger blocks wait where results do, for whoever is next
+constexpr size_t kShared = size_t(1) << 19;  // larger blocks wait where results do, for whoever is next
 
 // The blocks of a thread that wait for its next call: as many as the tower holds at once.
 struct Pool {

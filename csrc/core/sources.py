@@ -10,7 +10,9 @@ import platform
 from pathlib import Path
 from typing import NamedTuple
 
-COMMON = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi"]
+# Loops start a cache line: that of the products' register tile fills two and, where it met three, ran 5 % slower.
+COMMON = ["-std=c++20", "-O3", "-falign-loops=64", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall",
+          "-Wextra", "-Wno-psabi"]
 
 _AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 _AVX512 = [*_AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), "-mprefer-vector-width=512"]

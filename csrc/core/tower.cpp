@@ -44,7 +44,8 @@ class Clip {
   void run();
 
  private:
-  void embed(int64_t i0, int64_t rows);
+  void encode(int64_t i0, int64_t rows);
+  void embed(int64_t i0, int64_t rows, char* hidden);
   void pool_clip(int64_t i0, int64_t i1);
   void downsample(int64_t i0, int64_t i1);
   char* x2_row(int64_t frame, int64_t i) const;
@@ -54,18 +55,14 @@ class Clip {
   const TowerWeights& weights_;
   const Rectangle* rectangles_;
   const int64_t clip_, band_, depth_, row_bytes_;
-  Scratch<char> patches_;
   TwoBands x0_;
-  Scratch<char> x2_;  // [2 * band][frames][w][c]: written a row late, so its rows are not a band's
+  // [kept][frames][w][c]: written a row late, so its rows are not a band's, and kept until they make a window.
+  const int64_t kept_;
+  Scratch<char> x2_;
   std::optional<LocalEncoder> encoder_;
-  WindowPool windows_;
   const Pool pool_;
   Scratch<float> states_;  // of the clip, then one a row of a band
 };
-
-int64_t most_windows(const Grid& grid, int64_t band, int64_t window) {
-  return grid.frames * (band / window + 1) * (grid.w / window);
-}
 
 Clip::Clip(const Tower& tower, const TowerWeights& weights, const Rectangle* rectangles, int64_t clip)
     : tower_(tower),
@@ -75,35 +72,46 @@ Clip::Clip(const Tower& tower, const TowerWeights& weights, const Rectangle* rec
       band_(band_rows(tower.grid, weights.window)),
       depth_(padded_k(tower.dtype, 3 * tower.pixels.patch * tower.pixels.patch)),
       row_bytes_(tower.grid.w * weights.windows.c * size_of(tower.dtype)),
-      patches_(tower.grid.frames * band_ * tower.grid.w * depth_ * size_of(tower.dtype)),
       x0_(tower.grid, band_, row_bytes_),
-      x2_(weights.squeeze ? 2 * tower.grid.frames * band_ * row_bytes_ : 1),
-      windows_(tower.dtype, weights.windows, most_windows(tower.grid, band_, weights.window)),
+      kept_(band_ + weights.window),
+      x2_(weights.squeeze ? kept_ * tower.grid.frames * row_bytes_ : 1),
       pool_{tower.dtype, weights.clip_queries, weights.clip_heads, weights.windows.c, weights.eps},
       states_(weights.squeeze ? (band_ + 2) * pool_state_floats(pool_.n, pool_.c) : 1) {
   if (video()) encoder_.emplace(tower.dtype, tower.grid, weights.local, band_);
 }
 
 char* Clip::x2_row(int64_t frame, int64_t i) const {
-  return x2_.data() + (i % (2 * band_) * tower_.grid.frames + frame) * row_bytes_;
+  return x2_.data() + (i % kept_ * tower_.grid.frames + frame) * row_bytes_;
 }
 
-// Patches of the band, and from them its embedding and the first product of LSTE.
-void Clip::embed(int64_t i0, int64_t rows) {
+// Patches of the band, and from them its embedding and, for a video, the first product of LSTE.
+void Clip::embed(int64_t i0, int64_t rows, char* hidden) {
   const int64_t w = tower_.grid.w, frames = tower_.grid.frames, tokens = frames * rows * w;
+  Scratch<char> patches(tokens * depth_ * size_of(tower_.dtype));
   parallel_for(frames * rows, [&](int64_t first, int64_t last) {
     for (int64_t item = first; item < last; ++item) {
-      const PatchRow to{tower_.dtype, patches_.data() + item * w * depth_ * size_of(tower_.dtype), depth_};
+      const PatchRow to{tower_.dtype, patches.data() + item * w * depth_ * size_of(tower_.dtype), depth_};
       kernels().patch_row(tower_.pixels, clip_ * frames + item / rows, i0 + item % rows, w, to);
     }
   });
   const int64_t k = 3 * tower_.pixels.patch * tower_.pixels.patch, c = weights_.windows.c;
-  product(tower_.dtype, {patches_.data(), depth_, weights_.embed, k, c, x0_.row(0, i0), c}, tokens);
+  product(tower_.dtype, {patches.data(), depth_, weights_.embed, k, c, x0_.row(0, i0), c}, tokens);
   if (!video()) return;
   const int64_t r = weights_.local.r;
-  Gemm squeeze{patches_.data(), depth_, weights_.squeeze, k, r, encoder_->hidden(), r};
+  Gemm squeeze{patches.data(), depth_, weights_.squeeze, k, r, hidden, r};
   squeeze.bias = weights_.squeeze_bias;
   product(tower_.dtype, squeeze, tokens);
+}
+
+// The band to what the 3x3x3 convolution meets, or of an image to x0; what lies between is gone before the windows.
+void Clip::encode(int64_t i0, int64_t rows) {
+  const Grid& grid = tower_.grid;
+  Scratch<char> hidden(video() ? grid.frames * rows * grid.w * weights_.local.r * size_of(tower_.dtype) : 1);
+  embed(i0, rows, hidden.data());
+  if (!video()) return;
+  std::vector<const void*> x0;
+  for (int64_t frame = 0; frame < grid.frames; ++frame) x0.push_back(x0_.row(frame, i0));
+  encoder_->expand(i0, rows, hidden.data(), x0.data());
 }
 
 void Clip::pool_clip(int64_t i0, int64_t i1) {
@@ -140,7 +148,8 @@ void Clip::downsample(int64_t i0, int64_t i1) {
       std::memcpy(static_cast<char*>(tower_.tokens) + (r.row_start(row) + r.cols) * token, weights_.split, token);
     }
   }
-  windows_.run(tokens.data(), video() ? added.data() : nullptr, int64_t(out.size()), out.data());
+  pool_windows({tower_.dtype, tokens.data(), video() ? added.data() : nullptr, int64_t(out.size())}, weights_.windows,
+               out.data());
 }
 
 void Clip::run() {
@@ -149,12 +158,9 @@ void Clip::run() {
   int64_t done = 0;  // rows whose x3 exists
   for (int64_t i0 = 0; i0 < grid.h; i0 += band_) {
     const int64_t rows = std::min(band_, grid.h - i0);
-    embed(i0, rows);
+    encode(i0, rows);
     int64_t ready = i0 + rows;
     if (video()) {
-      std::vector<const void*> x0;
-      for (int64_t frame = 0; frame < grid.frames; ++frame) x0.push_back(x0_.row(frame, i0));
-      encoder_->expand(i0, rows, x0.data());
       ready = encoder_->ready(i0 + rows);
       std::vector<void*> x2;
       for (int64_t i = done; i < ready; ++i)

@@ -6,6 +6,7 @@
 #include "kernels.h"
 #include "parallel.h"
 #include "product.h"
+#include "scratch.h"
 #include "tuning.h"
 
 namespace panda {
@@ -22,79 +23,68 @@ std::vector<int64_t> window_tokens_of(const Windows& a) {
   return tokens;
 }
 
-WindowPool::WindowPool(Dtype dtype, const WindowPoolWeights& weights, int64_t capacity)
-    : dtype_(dtype),
-      weights_(weights),
-      stride_(padded_k(dtype, weights.c)),
-      block_(tuning().block_windows),
-      xhat_(capacity * weights.size * stride_ * size_of(dtype)),
-      mean_(capacity * weights.c * int64_t(sizeof(float))),
-      normalised_(capacity * stride_ * size_of(dtype)),
-      query_(capacity * stride_ * size_of(dtype)),
-      pooled_(capacity * stride_ * size_of(dtype)),
-      result_(capacity * weights.c * size_of(dtype)) {
-  std::memset(pooled_.data(), 0, capacity * stride_ * size_of(dtype));
-}
+namespace {
 
-void WindowPool::head(const KeptWindows& rows, int64_t head, int64_t first, int64_t last) {
-  const int64_t c = weights_.c, width = c / weights_.heads, size = size_of(dtype_);
+// One head of windows [first, last): from their queries to the heads' outputs, rows `stride` apart.
+void pool_head(Dtype dtype, const WindowPoolWeights& weights, const char* xhat, const KeptWindows& rows, int64_t head,
+               int64_t first, int64_t last) {
+  const int64_t c = weights.c, stride = padded_k(dtype, c), width = c / weights.heads, size = size_of(dtype);
   Scratch<float> folded((last - first) * c);
-  Scratch<char> z((last - first) * stride_ * size);
-  const char* keys = static_cast<const char*>(weights_.keys) + head * packed_bytes(dtype_, c, width);
-  const ProductRows query(dtype_, last - first, width);
-  Gemm fold{query.get(rows.query + (first * stride_ + head * width) * size, stride_, last - first),
-            query.stride(stride_),
+  Scratch<char> z((last - first) * stride * size);
+  const char* keys = static_cast<const char*>(weights.keys) + head * packed_bytes(dtype, c, width);
+  const ProductRows query(dtype, last - first, width);
+  Gemm fold{query.get(rows.query + (first * stride + head * width) * size, stride, last - first),
+            query.stride(stride),
             keys,
             width,
             c,
             folded.data(),
             c};
   fold.c_is_float = true;
-  gemm(dtype_, fold, 0, last - first, 0, panels(c));
-  const WindowAttention attention{dtype_, folded.data(), xhat_.data(), z.data(), weights_.size, c, stride_};
-  kernels().window_attention(attention, first, last);
-  const char* values = static_cast<const char*>(weights_.values) + head * packed_bytes(dtype_, width, c);
-  const Gemm project{z.data(), stride_, values, c, width, rows.heads + (first * stride_ + head * width) * size,
-                     stride_};
-  gemm(dtype_, project, 0, last - first, 0, panels(width));
+  gemm(dtype, fold, 0, last - first, 0, panels(c));
+  kernels().window_attention({dtype, folded.data(), xhat, z.data(), weights.size, c, stride}, first, last);
+  const char* values = static_cast<const char*>(weights.values) + head * packed_bytes(dtype, width, c);
+  const Gemm project{z.data(), stride, values, c, width, rows.heads + (first * stride + head * width) * size, stride};
+  gemm(dtype, project, 0, last - first, 0, panels(width));
 }
 
-void WindowPool::run(const void* const* tokens, const void* const* added, int64_t count, void* const* out,
-                     const KeptWindows& kept) {
+}  // namespace
+
+void pool_windows(const WindowList& windows, const WindowPoolWeights& weights, void* const* out,
+                  const KeptWindows& kept) {
+  const int64_t count = windows.count, c = weights.c, stride = padded_k(windows.dtype, c);
+  const int64_t size = size_of(windows.dtype), bytes = count * stride * size;
   if (count == 0) return;
-  const KeptWindows rows = kept.query ? kept : KeptWindows{query_.data(), pooled_.data()};
-  const int64_t c = weights_.c, row = c * size_of(dtype_);
-  const WindowTokens windows{dtype_,
-                             tokens,
-                             added,
-                             weights_.size,
-                             c,
-                             stride_,
-                             weights_.eps,
-                             xhat_.data(),
-                             reinterpret_cast<float*>(mean_.data()),
-                             normalised_.data()};
-  parallel_for(count, [&](int64_t first, int64_t last) { kernels().window_tokens(windows, first, last); });
+  Scratch<char> xhat(weights.size * bytes), normalised(bytes), query(kept.query ? 1 : bytes),
+      heads(kept.heads ? 1 : bytes);
+  Scratch<float> mean(count * c);
+  const KeptWindows rows = kept.query ? kept : KeptWindows{query.data(), heads.data()};
+  if (stride > c && !kept.heads) std::memset(heads.data(), 0, bytes);
+  const WindowTokens tokens{windows.dtype, windows.tokens, windows.added, weights.size, c,
+                            stride,        weights.eps,    xhat.data(),   mean.data(),  normalised.data()};
+  parallel_for(count, [&](int64_t first, int64_t last) { kernels().window_tokens(tokens, first, last); });
 
-  Gemm query{normalised_.data(), stride_, weights_.query, c, c, rows.query, stride_};
-  query.bias = weights_.query_bias;
-  product(dtype_, query, count);
+  Gemm project{normalised.data(), stride, weights.query, c, c, rows.query, stride};
+  project.bias = weights.query_bias;
+  product(windows.dtype, project, count);
 
-  const int64_t blocks = (count + block_ - 1) / block_;
-  parallel_for(weights_.heads * blocks, [&](int64_t first, int64_t last) {
+  const int64_t block = tuning().block_windows, blocks = (count + block - 1) / block;
+  parallel_for(weights.heads * blocks, [&](int64_t first, int64_t last) {
     for (int64_t item = first; item < last; ++item) {
-      const int64_t window = item / weights_.heads * block_;  // all heads of a block in turn: its tokens stay cached
-      head(rows, item % weights_.heads, window, std::min(count, window + block_));
+      const int64_t window = item / weights.heads * block;  // all heads of a block in turn: its tokens stay cached
+      pool_head(windows.dtype, weights, xhat.data(), rows, item % weights.heads, window,
+                std::min(count, window + block));
     }
   });
 
-  Gemm project{rows.heads, stride_, weights_.out, c, c, result_.data(), c};
-  project.bias = weights_.out_bias;
-  project.residual = mean_.data();
-  project.ldr = c;
-  project.residual_is_float = true;
-  product(dtype_, project, count);
-  for (int64_t m = 0; m < count; ++m) std::memcpy(out[m], result_.data() + m * row, row);
+  char* result = normalised.data();  // whose product is done
+  Gemm join{rows.heads, stride, weights.out, c, c, result, c};
+  join.bias = weights.out_bias;
+  join.residual = mean.data();
+  join.ldr = c;
+  join.residual_is_float = true;
+  product(windows.dtype, join, count);
+  for (int64_t m = 0; m < count; ++m) std::memcpy(out[m], result + m * c * size, c * size);
 }
 
 }  // namespace panda

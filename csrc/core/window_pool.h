@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "gemm.h"
-#include "scratch.h"
 
 namespace panda {
 
@@ -50,23 +49,16 @@ std::vector<Void*> rows_at(Void* data, const int64_t* tokens, int64_t count, int
   return rows;
 }
 
-class WindowPool {
- public:
-  // For lists of at most `capacity` windows.
-  WindowPool(Dtype dtype, const WindowPoolWeights& weights, int64_t capacity);
-
-  // tokens[m * size + j] and, where `added` is not null, what is added to it; out[m] receives the row of c channels.
-  void run(const void* const* tokens, const void* const* added, int64_t count, void* const* out,
-           const KeptWindows& kept = {});
-
- private:
-  void head(const KeptWindows& rows, int64_t head, int64_t first, int64_t last);
-
-  Dtype dtype_;
-  WindowPoolWeights weights_;
-  int64_t stride_;  // of rows that feed a product over all channels
-  int64_t block_;   // windows that a thread takes through a head
-  Scratch<char> xhat_, mean_, normalised_, query_, pooled_, result_;
+// Window m has tokens[m * size + j] and, where `added` is not null, what is added to each of them.
+struct WindowList {
+  Dtype dtype;
+  const void* const* tokens;
+  const void* const* added;
+  int64_t count;
 };
+
+// out[m] receives the row of c channels.
+void pool_windows(const WindowList& windows, const WindowPoolWeights& weights, void* const* out,
+                  const KeptWindows& kept = {});
 
 }  // namespace panda

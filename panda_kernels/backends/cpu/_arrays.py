@@ -9,7 +9,7 @@ from torch import Tensor
 
 kernels = torch.ops.panda_kernels_cpu
 PANEL = 32  # channels that the products take at a time
-LARGE = 1 << 22  # bytes; the allocator itself keeps what is smaller
+LARGE = 1 << 20  # bytes; the allocator itself keeps what is smaller
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -32,21 +32,27 @@ def result_like(x: Tensor) -> Tensor:
     return result(*x.shape, dtype=x.dtype)
 
 
+def copied(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return result(*x.shape, dtype=dtype).copy_(x)
+
+
 def floats(x: Tensor) -> Tensor:
     return x.float().contiguous()
 
 
 def fold_norm(scale: Tensor, shift: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """A product ``[n, k]`` with the affine of the norm before it: its weight and what it adds, float32."""
-    precise = weight.float()
-    return torch.mul(precise, scale.float(), out=result_like(precise)), precise_product(weight, shift)
+    return copied(weight, torch.float32).mul_(scale.float()), precise_product(weight, shift)
 
 
 def precise_product(weight: Tensor, x: Tensor) -> Tensor:
     """``weight [n, k] @ x`` in float64, rounded to float32; a few rows at a time, as no whole copy is ever given back
     to the system."""
-    wide = x.double()
-    return torch.cat([(rows.double() @ wide).float() for rows in weight.split(128)])
+    wide, some = copied(x, torch.float64), result(128, weight.shape[1], dtype=torch.float64)
+    y = result(len(weight), *x.shape[1:], dtype=torch.float32)
+    for rows, out in zip(weight.split(128), y.split(128), strict=True):
+        out.copy_(some[:len(rows)].copy_(rows) @ wide)
+    return y
 
 
 def column_products(x: Tensor, y: Tensor) -> Tensor:
@@ -61,14 +67,15 @@ def pack(weight: Tensor, dtype: torch.dtype, *, transposed: bool = False) -> Ten
 
 def pack_all(dtype: torch.dtype, *weights: tuple[Tensor, bool]) -> Sequence[Tensor]:
     """:func:`pack` of weights, and whether transposed, into one piece of memory."""
-    stacks = [w.to(dtype) if w.ndim == 3 else w.to(dtype)[None] for w, _ in weights]
+    stacks = [(w if w.ndim == 3 else w[None], transposed) for w, transposed in weights]
     sizes = []
-    for stack, (_, transposed) in zip(stacks, weights, strict=True):
+    for stack, transposed in stacks:
         matrices, n, k = stack.mT.shape if transposed else stack.shape
         sizes.append(matrices * kernels.packed_bytes(dtype == torch.bfloat16, n, k))
     parts = result(sum(sizes), dtype=torch.uint8).split(sizes)
-    for stack, (_, transposed), part in zip(stacks, weights, parts, strict=True):
-        kernels.pack(stack, len(stack), transposed, part)
+    for (stack, transposed), part in zip(stacks, parts, strict=True):
+        same = stack.dtype == dtype
+        kernels.pack(stack if same else copied(stack, dtype), len(stack), transposed, part)
     return parts
 
 

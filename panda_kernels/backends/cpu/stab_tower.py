@@ -49,8 +49,9 @@ def prepare(patch_weight: Tensor, local: tuple[Tensor, ...], clip_queries: Tenso
     embed = patch_weight.flatten(1)
     norm_scale, norm_shift, w1, b1, *after = local
     first, first_bias = fold_norm(norm_scale, norm_shift, w1)
-    composed = precise_product(first, embed)
-    weights = [pack(embed, dtype), pack(composed, dtype), first_bias + b1.float(), *streamed_weights(dtype, *after),
+    squeeze = pack(precise_product(first, embed), dtype)
+    del first
+    weights = [pack(embed, dtype), squeeze, first_bias + b1.float(), *streamed_weights(dtype, *after),
                floats(clip_queries), *window_weights(dtype, *windows, num_heads=num_heads, scale=channels**-0.5),
                floats(frame_queries), split.to(dtype).contiguous()]
     last = class_tokens.prepare(ValueWeights(*clip_values), MLPWeights(*mlp), ValueWeights(*frame_values),
