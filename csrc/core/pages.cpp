@@ -103,12 +103,19 @@ Pages& pages() {
   return *all;
 }
 
+// The threads of a stage come for their scratch at once, and what they do here is shorter than falling asleep is.
+std::unique_lock<std::mutex> lock(std::mutex& mutex) {
+  for (int attempt = 0; attempt < 1000; ++attempt)
+    if (mutex.try_lock()) return {mutex, std::adopt_lock};
+  return std::unique_lock<std::mutex>(mutex);
+}
+
 }  // namespace
 
 void* take_pages(int64_t count) {
   const size_t bytes = (size_t(count) + kUnit - 1) / kUnit * kUnit;
   Pages& all = pages();
-  const std::lock_guard<std::mutex> lock(all.mutex);
+  const auto held = lock(all.mutex);
   char* data = all.cut(bytes);
   if (data) return data;
   all.grow(bytes);
@@ -117,7 +124,7 @@ void* take_pages(int64_t count) {
 
 void give_pages(void* data) {
   Pages& all = pages();
-  const std::lock_guard<std::mutex> lock(all.mutex);
+  const auto held = lock(all.mutex);
   all.give(static_cast<char*>(data));
 }
 

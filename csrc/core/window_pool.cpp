@@ -55,16 +55,17 @@ void pool_windows(const WindowList& windows, const WindowPoolWeights& weights, v
   const int64_t count = windows.count, c = weights.c, stride = padded_k(windows.dtype, c);
   const int64_t size = size_of(windows.dtype), bytes = count * stride * size;
   if (count == 0) return;
-  Scratch<char> xhat(weights.size * bytes), normalised(bytes), query(kept.query ? 1 : bytes),
-      heads(kept.heads ? 1 : bytes);
-  Scratch<float> mean(count * c);
-  const KeptWindows rows = kept.query ? kept : KeptWindows{query.data(), heads.data()};
-  if (stride > c && !kept.heads) std::memset(heads.data(), 0, bytes);
+  // One piece: smaller ones would be kept for the next call, each for itself, and not lent to the stages before.
+  const Scratch<char> memory(count * c * int64_t(sizeof(float)) + (weights.size + 3) * bytes);
+  float* mean = reinterpret_cast<float*>(memory.data());
+  char *xhat = reinterpret_cast<char*>(mean + count * c), *normalised = xhat + weights.size * bytes;
+  const KeptWindows own{normalised + bytes, normalised + 2 * bytes}, rows = kept.query ? kept : own;
+  if (stride > c && !kept.heads) std::memset(rows.heads, 0, bytes);
   const WindowTokens tokens{windows.dtype, windows.tokens, windows.added, weights.size, c,
-                            stride,        weights.eps,    xhat.data(),   mean.data(),  normalised.data()};
+                            stride,        weights.eps,    xhat,          mean,         normalised};
   parallel_for(count, [&](int64_t first, int64_t last) { kernels().window_tokens(tokens, first, last); });
 
-  Gemm project{normalised.data(), stride, weights.query, c, c, rows.query, stride};
+  Gemm project{normalised, stride, weights.query, c, c, rows.query, stride};
   project.bias = weights.query_bias;
   product(windows.dtype, project, count);
 
@@ -72,15 +73,14 @@ void pool_windows(const WindowList& windows, const WindowPoolWeights& weights, v
   parallel_for(weights.heads * blocks, [&](int64_t first, int64_t last) {
     for (int64_t item = first; item < last; ++item) {
       const int64_t window = item / weights.heads * block;  // all heads of a block in turn: its tokens stay cached
-      pool_head(windows.dtype, weights, xhat.data(), rows, item % weights.heads, window,
-                std::min(count, window + block));
+      pool_head(windows.dtype, weights, xhat, rows, item % weights.heads, window, std::min(count, window + block));
     }
   });
 
-  char* result = normalised.data();  // whose product is done
+  char* result = normalised;  // whose product is done
   Gemm join{rows.heads, stride, weights.out, c, c, result, c};
   join.bias = weights.out_bias;
-  join.residual = mean.data();
+  join.residual = mean;
   join.ldr = c;
   join.residual_is_float = true;
   product(windows.dtype, join, count);
