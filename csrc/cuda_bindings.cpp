@@ -153,8 +153,7 @@ int64_t class_tokens_workspace(int64_t clips, int64_t frames, int64_t c) {
 // weights: of the frames' attention (7), and for clips of several frames of the clips' (7), the MLP's (6) and the
 // fusion's (5). y[clips * T, C].
 void class_tokens(const std::optional<Tensor>& clip_pooled, const Tensor& frame_pooled,
-                  const std::vector<Tensor>& weights, int64_t frames, double eps, Tensor y, Tensor workspace,
-                  Tensor counter) {
+                  const std::vector<Tensor>& weights, int64_t frames, double eps, Tensor y, Tensor workspace) {
   const auto [rows, frame_heads, c] = sizes<3>(frame_pooled);
   const ScalarType type = frame_pooled.scalar_type();
   expect_vectors(frame_pooled, c);
@@ -179,8 +178,6 @@ void class_tokens(const std::optional<Tensor>& clip_pooled, const Tensor& frame_
   p.y = out(y, type, {rows, c});
   p.workspace = static_cast<float*>(
       out(workspace, ScalarType::Float, {cuda::class_tokens_workspace(p.clips, int(frames), int(c))}));
-  expect(counter, ScalarType::Int, {1});
-  p.counter = static_cast<uint32_t*>(counter.mutable_data_ptr());
   p.frames = int(frames);
   p.c = int(c);
   p.eps = float(eps);
@@ -201,7 +198,7 @@ STABLE_TORCH_LIBRARY(panda_kernels_cuda, m) {
   m.def("class_tokens_workspace(int clips, int frames, int c) -> int");
   m.def(
       "class_tokens(Tensor? clip_pooled, Tensor frame_pooled, Tensor[] weights, int frames, float eps, Tensor(a!) y, "
-      "Tensor(b!) workspace, Tensor(c!) counter) -> ()");
+      "Tensor(b!) workspace) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(panda_kernels_cuda, CompositeExplicitAutograd, m) {

@@ -12,8 +12,8 @@ ValueWeights value_weights(void* const* t, int heads) { return {t[0], t[1], t[2]
 }  // namespace
 
 // tensors: what was pooled of the clips and of the frames, the clips' and the frames' attention, MLP, fusion, y.
-extern "C" void run_class_tokens(int dtype, void* const* tensors, float* workspace, uint32_t* counter, int64_t clips,
-                                 int frames, int c, int clip_heads, int frame_heads, float eps, bool backwards) {
+extern "C" void run_class_tokens(int dtype, void* const* tensors, float* workspace, int64_t clips, int frames, int c,
+                                 int clip_heads, int frame_heads, float eps, bool backwards) {
   // Little memory, so that few rows need more than one filling.
   const panda::emulation::Conditions conditions(backwards, 72 * 1024);
   void *const *mlp = tensors + 16, *const *fusion = mlp + 6;
@@ -26,7 +26,6 @@ extern "C" void run_class_tokens(int dtype, void* const* tensors, float* workspa
                 {fusion[0], fusion[1], fusion[2], fusion[3], fusion[4]},
                 tensors[27],
                 workspace,
-                counter,
                 clips,
                 frames,
                 c,

@@ -86,6 +86,7 @@ struct Machine {
   ucontext_t scheduler;
   Thread* current = nullptr;
   dim3 grid;
+  Barrier together{};   // of all threads of a cooperative launch
   uint64_t events = 0;  // a round of all threads without one is a deadlock
   std::function<void()> kernel;
 };
@@ -199,6 +200,7 @@ inline void run(dim3 grid, int threads, size_t shared_bytes, bool together, std:
   here.kernel = std::move(kernel);
   machine = &here;
   const unsigned blocks = grid.x * grid.y * grid.z;
+  here.together.expected = blocks * unsigned(threads);
   for (unsigned n = 0; n < blocks; ++n) {
     const unsigned i = backwards ? blocks - 1 - n : n;
     make_block({i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y}, unsigned(threads), shared_bytes);
@@ -255,25 +257,18 @@ inline uint32_t float_to_bits(float value) {
 #define gridDim (panda::emulation::machine->grid)
 
 inline void __syncthreads() { panda::emulation::arrive_and_wait(panda::emulation::machine->current->block->barrier); }
-inline void __threadfence() {}
-inline void __nanosleep(unsigned) { panda::emulation::yield(); }
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return panda::emulation::from_lane(value, panda::emulation::lane() ^ unsigned(mask));
 }
 
-inline uint32_t atomicAdd(uint32_t* to, uint32_t value) {
-  ++panda::emulation::machine->events;
-  const uint32_t before = *to;
-  *to += value;
-  return before;
-}
-
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float fmaxf(float a, float b) { return std::fmax(a, b); }
 
 namespace panda::cuda {
+
+inline void wait_for_blocks() { emulation::arrive_and_wait(emulation::machine->together); }
 
 inline char* shared_memory() { return emulation::machine->current->block->shared.get(); }
 
@@ -353,8 +348,6 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   }
   emulation::release();
 }
-
-inline uint32_t load_acquire(const uint32_t* from) { return *from; }
 
 inline int largest_shared_memory(int& bytes) {
   bytes = emulation::largest_shared_memory;

@@ -77,7 +77,7 @@ class Guarded:
 
 
 class Kernel:
-    """A tower's weights in one dtype, and a counter that lives as long as they do."""
+    """A tower's weights in one dtype."""
 
     def __init__(self, library: ctypes.CDLL, stab: STAB, case: Case, dtype: torch.dtype) -> None:
         self.library, self.case, self.dtype = library, case, dtype
@@ -87,7 +87,6 @@ class Kernel:
                    *stab.dec.mlp_weights(), stab.balance, fusion[0].weight, fusion[0].bias, fusion[2].weight,
                    fusion[2].bias)
         self.weights = [w.detach().to(dtype).contiguous() for w in weights]
-        self.counter = torch.zeros(1, dtype=torch.int32)
 
     def __call__(self, clip_pooled: Tensor, frame_pooled: Tensor, *, backwards: bool = False) -> Tensor:
         case, clips = self.case, len(clip_pooled)
@@ -102,12 +101,10 @@ class Kernel:
             pointers = [0 if name.startswith(("clip", "mlp", "fusion")) else pointer
                         for name, pointer in zip(TENSORS, pointers, strict=True)]
         self.library.run_class_tokens(DTYPES.index(self.dtype), (ctypes.c_void_p * len(pointers))(*pointers),
-                         ctypes.c_void_p(workspace.inner.data_ptr()), ctypes.c_void_p(self.counter.data_ptr()),
-                         ctypes.c_int64(clips), frames, case.c, case.clip_heads, case.frame_heads,
+                         ctypes.c_void_p(workspace.inner.data_ptr()), ctypes.c_int64(clips), frames, case.c, case.clip_heads, case.frame_heads,
                          ctypes.c_float(1e-5), backwards)
         y.check()
         workspace.check()
-        assert self.counter.item() == 0
         return y.inner.view(-1, case.c)
 
 
@@ -136,7 +133,6 @@ def test_as_close_as_torch(library: ctypes.CDLL, case: Case, dtype: torch.dtype)
 
 @pytest.mark.parametrize("case", CASES[2:5], ids=named)
 def test_in_either_order_of_threads(library: ctypes.CDLL, case: Case) -> None:
-    """One after the other, by the same counter."""
     inputs, kernel = pooled(case), Kernel(library, tower(case), case, torch.bfloat16)
     y = kernel(*inputs)
     assert torch.equal(kernel(*inputs, backwards=True), y)

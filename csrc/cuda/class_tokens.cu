@@ -342,30 +342,13 @@ __device__ __forceinline__ void run(Weights<T>& weights, const ClassTokens& p, c
   }
 }
 
-// Until every block has come here for the `turn`th time; what it wrote can then be read.
-__device__ __forceinline__ void wait_for_blocks(uint32_t* counter, int turn) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    atomicAdd(counter, 1u);
-    while (load_acquire(counter) < gridDim.x * unsigned(turn)) __nanosleep(20);
-  }
-  __syncthreads();
-}
-
-// When the last block leaves, no one looks at the counter any more: the next launch finds it zero.
-__device__ __forceinline__ void leave(uint32_t* counter, int turn) {
-  const uint32_t all = gridDim.x * unsigned(turn);
-  if (threadIdx.x == 0 && atomicAdd(counter, 1u) == all - 1) atomicAdd(counter, 0u - all);
-}
-
 template <class T>
 __global__ void __launch_bounds__(THREADS, 1) all_phases(ClassTokens p, int row_numbers) {
   Weights<T> weights(p, shared_memory(), row_numbers);
   float* rows = reinterpret_cast<float*>(shared_memory() + RING_BYTES);
 #pragma unroll 1  // one copy of all this is long enough
   for (int phase = VALUES; phase < phases(p); ++phase) {
-    if (phase > VALUES) wait_for_blocks(p.counter, phase);
+    if (phase > VALUES) wait_for_blocks();
 #pragma unroll 1
     for (int index = 0; index < products(p, phase); ++index) {
       const auto product = describe<T>(p, phase, index);
@@ -373,7 +356,6 @@ __global__ void __launch_bounds__(THREADS, 1) all_phases(ClassTokens p, int row_
       if (share.begin < share.end) run(weights, p, product, share, rows, group_rows(product.k, row_numbers));
     }
   }
-  leave(p.counter, phases(p));
 }
 
 }  // namespace

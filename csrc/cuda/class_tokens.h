@@ -36,9 +36,8 @@ struct ClassTokens {
   ValueWeights clip, frame;
   MLPWeights mlp;
   FusionWeights fusion;
-  void* y;            // [clips * frames, C]
-  float* workspace;   // class_tokens_workspace numbers, 16-byte aligned
-  uint32_t* counter;  // zero before the first launch, and again after each; not for two launches at the same time
+  void* y;           // [clips * frames, C]
+  float* workspace;  // class_tokens_workspace numbers, 16-byte aligned
   int64_t clips;
   int frames, c;  // C a multiple of 16 bytes
   float eps;

@@ -8,6 +8,7 @@
 #include "types.h"
 
 #ifdef __CUDACC__
+#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -78,12 +79,8 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// For a thread that looks again and again at what another block writes.
-__device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) {
-  uint32_t value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
-  return value;
-}
+// Until every thread of a launch_together() is here; what they wrote can then be read.
+__device__ __forceinline__ void wait_for_blocks() { cooperative_groups::this_grid().sync(); }
 
 // The shared memory a block can have.
 inline int largest_shared_memory(int& bytes) {

@@ -20,9 +20,7 @@ def run(weights: list[Tensor], eps: float, clip_pooled: Tensor | None, frame_poo
     frames = rows // clips
     numbers = torch.ops.panda_kernels_cuda.class_tokens_workspace(clips, frames, channels)
     workspace = torch.empty(numbers, dtype=torch.float32, device=frame_pooled.device)
-    # Blocks count themselves in it as they wait for one another: calls on two streams must not share one.
-    counter = torch.zeros(1, dtype=torch.int32, device=frame_pooled.device)
     y = torch.empty(rows, channels, dtype=frame_pooled.dtype, device=frame_pooled.device)
     torch.ops.panda_kernels_cuda.class_tokens(clip_pooled, frame_pooled, weights if frames > 1 else weights[:7], frames,
-                                              eps, y, workspace, counter)
+                                              eps, y, workspace)
     return y
