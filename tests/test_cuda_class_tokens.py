@@ -101,8 +101,8 @@ class Kernel:
             pointers = [0 if name.startswith(("clip", "mlp", "fusion")) else pointer
                         for name, pointer in zip(TENSORS, pointers, strict=True)]
         self.library.run_class_tokens(DTYPES.index(self.dtype), (ctypes.c_void_p * len(pointers))(*pointers),
-                         ctypes.c_void_p(workspace.inner.data_ptr()), ctypes.c_int64(clips), frames, case.c, case.clip_heads, case.frame_heads,
-                         ctypes.c_float(1e-5), backwards)
+                                      ctypes.c_void_p(workspace.inner.data_ptr()), ctypes.c_int64(clips), frames,
+                                      case.c, case.clip_heads, case.frame_heads, ctypes.c_float(1e-5), backwards)
         y.check()
         workspace.check()
         return y.inner.view(-1, case.c)
