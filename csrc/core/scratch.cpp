@@ -12,7 +12,7 @@ namespace {
 
 constexpr size_t kShared = size_t(1) << 19;  // larger blocks wait where results do, for whoever is next
 
-// The blocks of a thread that wait for its next call: as many as the tower holds at once.
+// The blocks of a thread that wait for its next call: more than the tower holds at once.
 struct Pool {
   static constexpr int kBlocks = 24;
   static constexpr size_t kPage = 4096;

@@ -56,11 +56,11 @@ void pool_windows(const WindowList& windows, const WindowPoolWeights& weights, v
   const int64_t size = size_of(windows.dtype), bytes = count * stride * size;
   if (count == 0) return;
   // One piece: smaller ones would be kept for the next call, each for itself, and not lent to the stages before.
-  const Scratch<char> memory(count * c * int64_t(sizeof(float)) + (weights.size + 3) * bytes);
+  const Scratch<char> memory(count * c * int64_t(sizeof(float)) + (weights.size + (kept.query ? 1 : 3)) * bytes);
   float* mean = reinterpret_cast<float*>(memory.data());
   char *xhat = reinterpret_cast<char*>(mean + count * c), *normalised = xhat + weights.size * bytes;
   const KeptWindows own{normalised + bytes, normalised + 2 * bytes}, rows = kept.query ? kept : own;
-  if (stride > c && !kept.heads) std::memset(rows.heads, 0, bytes);
+  if (stride > c && !kept.query) std::memset(rows.heads, 0, bytes);
   const WindowTokens tokens{windows.dtype, windows.tokens, windows.added, weights.size, c,
                             stride,        weights.eps,    xhat,          mean,         normalised};
   parallel_for(count, [&](int64_t first, int64_t last) { kernels().window_tokens(tokens, first, last); });
