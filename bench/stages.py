@@ -44,9 +44,12 @@ class Stage:
 
 def stages(dtype: torch.dtype) -> list[Stage]:
     streamed = _streamed(dtype)
-    w = streamed.weights
+    w = streamed.clips
+    embed, squeeze, squeeze_bias, local, clip_queries = *w[8:11], w[11:17], w[17]
     pixels = tower.CASES["8 frames"].pixel_values(dtype)
     rectangles = Rectangles.full(frames=CLIPS * FRAMES, h=SIDE, w=SIDE)
+    image = tower.CASES["image"]
+    one = image.pixel_values(dtype)
     x, y = (torch.randn(CLIPS, FRAMES, SIDE, SIDE, C).to(dtype) for _ in range(2))
     patches, inner = torch.randn(BAND, K).to(dtype), torch.empty(BAND, R, dtype=dtype)
     rows, first = x.view(-1, C), pack(torch.randn(R, C) * C**-0.5, dtype)
@@ -55,32 +58,35 @@ def stages(dtype: torch.dtype) -> list[Stage]:
 
     def in_bands(rows_of: Callable[[int], Tensor], weight: Tensor) -> None:
         for band in range(0, TOKENS, BAND):
-            product(rows_of(band), weight, R, bias=w[2], out=inner)
+            product(rows_of(band), weight, R, bias=squeeze_bias, out=inner)
 
     return [
         Stage("patches and embedding", "patch_embed", TOKENS * K * C, TOKENS * (K + C) + K * C,
-              lambda: kernels.patch_embed(pixels, None, normalisation(), PATCH, w[0], None, y)),
+              lambda: kernels.patch_embed(pixels, None, normalisation(), PATCH, embed, None, y)),
         Stage("LSTE, first product (from the patches)", "product", TOKENS * K * R, TOKENS * (K + R) + K * R,
-              lambda: in_bands(lambda band: patches, w[1])),
+              lambda: in_bands(lambda band: patches, squeeze)),
         Stage("LSTE whole, first product from tokens", "local_encoding",
               TOKENS * (2 * C * R + 3 * R + 27 * C), 2 * TOKENS * C + 2 * C * R,
-              lambda: kernels.local_encoding(x, [first, w[2], *w[3:9]], R, y)),
+              lambda: kernels.local_encoding(x, [first, squeeze_bias, *local], R, y)),
         Stage("- of that, its first product", "product", TOKENS * C * R, TOKENS * (C + R) + C * R,
               lambda: in_bands(lambda band: rows[band:band + BAND], first)),
         Stage("GSTRA, pooling", "attention_pool", 2 * TOKENS * HEADS * C, TOKENS * C,
-              lambda: kernels.attention_pool(x.view(CLIPS, -1, C), w[9], _bounds(CLIPS, TOKENS), 1e-5, z)),
+              lambda: kernels.attention_pool(x.view(CLIPS, -1, C), clip_queries, _bounds(CLIPS, TOKENS), 1e-5, z)),
         Stage("LSD", "window_attention_pool", WINDOWS * (4 * C**2 + 2 * HEADS * WINDOW**2 * C),
               (TOKENS + WINDOWS) * C + 4 * C**2,
-              lambda: kernels.window_attention_pool(x.view(-1, SIDE, SIDE, C), None, rectangles.corners, w[10:16],
+              lambda: kernels.window_attention_pool(x.view(-1, SIDE, SIDE, C), None, rectangles.corners, w[:6],
                                                     HEADS, WINDOW, 1e-5, windows, [])),
         Stage("FSRA, pooling", "attention_pool", 2 * WINDOWS * HEADS * C, WINDOWS * C,
-              lambda: kernels.attention_pool(windows.view(CLIPS * FRAMES, -1, C), w[16],
+              lambda: kernels.attention_pool(windows.view(CLIPS * FRAMES, -1, C), w[6],
                                              _bounds(CLIPS * FRAMES, WINDOWS), 1e-5, frame_z)),
         Stage("class tokens", "linear", CLIPS * 10 * C**2 + CLIPS * FRAMES * 3 * C**2, 13 * C**2,
               lambda: class_tokens.run(streamed.class_tokens, z, frame_z)),
         Stage("whole tower", "stab_tower", tower.cost(tower.CASES["8 frames"], dtype, False).flops // 2,
               tower.cost(tower.CASES["8 frames"], dtype, False).bytes // dtype.itemsize,
               lambda: stab_tower.run(streamed, pixels, rectangles, None)),
+        Stage("one image, whole", "stab_tower", tower.cost(image, dtype, False).flops // 2,
+              tower.cost(image, dtype, False).bytes // dtype.itemsize,
+              lambda: stab_tower.run(streamed, one, Rectangles.full(frames=1, h=SIDE, w=SIDE), None)),
     ]
 
 

@@ -138,35 +138,38 @@ def cost(case: Case, dtype: torch.dtype, projected: bool, *, dim: int = DIM) -> 
     Small terms (norms, softmax, work once a clip or a frame, or on weights alone) are left out.
     """
     row0, row1, col0, col1 = case.rectangle
+    k = 3 * PATCH**2
     grid = ((row1 - row0) // WINDOW, (col1 - col0) // WINDOW)
     frames = case.clips * case.frames
     windows, tokens = frames * grid[0] * grid[1], frames * (1 + grid[0] * (grid[1] + 1))
     reduced = int(dim / 1.5)
-    patches = frames * SQUARE[1] * SQUARE[3] if case.frames > 1 else frames * (row1 - row0) * (col1 - col0)
-    multiply_adds = _of_patches(patches, dim, case.frames)
-    weights = dim * 3 * PATCH**2 + 8 * dim**2
     if case.frames > 1:
+        patches = frames * SQUARE[1] * SQUARE[3]
+        multiply_adds = _of_patches(patches, dim)
         multiply_adds += patches * (dim * reduced + 3 * reduced + 27 * dim + 2 * HEADS * dim)
-        weights += 2 * dim * reduced + 27 * dim + 13 * dim**2
-    multiply_adds += windows * (4 * dim**2 + 2 * HEADS * dim)
+        multiply_adds += windows * (4 * dim**2 + 2 * HEADS * dim)
+        weights = dim * k + 2 * dim * reduced + 27 * dim + 21 * dim**2
+    else:  # LSD meets the patches, and the triangle each patch's length
+        multiply_adds = windows * (WINDOW**2 * k**2 // 2 + 4 * dim * k + dim**2 + 2 * HEADS * k)
+        weights = k**2 // 2 + 4 * dim * k + 5 * dim**2
     if projected:
         multiply_adds += tokens * (dim * PROJECTED + PROJECTED**2)
         weights += dim * PROJECTED + PROJECTED**2
-    pixels = 3 * (PATCH**2) * frames * SQUARE[1] * SQUARE[3]
+    pixels = k * frames * SQUARE[1] * SQUARE[3]
     numbers = pixels + weights + tokens * (PROJECTED if projected else dim)
     return Cost(bytes=numbers * dtype.itemsize, flops=2 * multiply_adds)
 
 
-def _of_patches(patches: int, dim: int, frames: int) -> int:
-    """Multiply-adds from the pixels to the embedding and, of a video, to LSTE's bottleneck."""
-    return patches * 3 * PATCH**2 * (dim + (int(dim / 1.5) if frames > 1 else 0))
+def _of_patches(patches: int, dim: int) -> int:
+    """Multiply-adds from a clip's pixels to the embedding and LSTE's bottleneck."""
+    return patches * 3 * PATCH**2 * (dim + int(dim / 1.5))
 
 
 def training_cost(case: Case, dtype: torch.dtype) -> Cost:
     """A gradient is two products for each of the forward's, but for those of the pixels, which have none."""
     forward = cost(case, dtype, False)
     patches = case.clips * case.frames * SQUARE[1] * SQUARE[3]
-    return Cost(bytes=3 * forward.bytes, flops=3 * forward.flops - 2 * _of_patches(patches, DIM, case.frames))
+    return Cost(bytes=3 * forward.bytes, flops=3 * forward.flops - 2 * _of_patches(patches, DIM))
 
 
 @functools.cache

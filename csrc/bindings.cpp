@@ -7,12 +7,13 @@
 #include <stdexcept>
 
 #include "core/batch_statistics.h"
+#include "core/clips.h"
 #include "core/drivers.h"
+#include "core/images.h"
 #include "core/pages.h"
 #include "core/parallel.h"
 #include "core/product.h"
 #include "core/tier.h"
-#include "core/tower.h"
 #include "core/tuning.h"
 #include "core/weight_gradient.h"
 #include "core/window_pool_gradient.h"
@@ -181,17 +182,18 @@ void check_heads(int64_t c, int64_t heads) {
   STD_TORCH_CHECK(heads > 0 && c % heads == 0, "panda_kernels: ", heads, " heads do not divide ", c, " channels");
 }
 
-panda::WindowPoolWeights window_weights(panda::Dtype dtype, int64_t c, int64_t heads, int64_t window, double eps,
-                                        const Tensor* w) {
+panda::WindowPoolWeights window_weights(panda::Dtype dtype, int64_t c, int64_t k, int64_t heads, int64_t window,
+                                        double eps, const Tensor* w) {
   check_heads(c, heads);
   return {c,
+          k,
           heads,
           window * window,
           float(eps),
-          packed(w[0], dtype, c, c),
+          packed(w[0], dtype, c, k),
           floats(w[1], {c}),
-          packed(w[2], dtype, c, c / heads, heads),
-          packed(w[3], dtype, c / heads, c, heads),
+          packed(w[2], dtype, k, c / heads, heads),
+          packed(w[3], dtype, c / heads, k, heads),
           packed(w[4], dtype, c, c),
           floats(w[5], {c})};
 }
@@ -248,7 +250,7 @@ void window_attention_pool(const Tensor& x, const std::optional<Tensor>& added, 
   const panda::Windows windows = windows_of(x, added, corners, window);
   const int64_t c = x.size(3), held = count(windows);
   void* to = out(y, dtype, {held, c});
-  panda::window_attention_pool(dtype, windows, window_weights(dtype, c, heads, window, eps, list(weights, 6)), to,
+  panda::window_attention_pool(dtype, windows, window_weights(dtype, c, c, heads, window, eps, list(weights, 6)), to,
                                kept_windows(dtype, held, c, kept));
 }
 
@@ -264,7 +266,7 @@ void window_attention_pool_gradient(const Tensor& grad, const Tensor& x, const s
   const void* from = in(grad, dtype, {held, c});
   check_heads(c, heads);
   const Tensor* all = list(weights, kept.empty() ? 8 : 5);
-  panda::WindowPoolWeights forward{c, heads, window * window, float(eps)};
+  panda::WindowPoolWeights forward{c, c, heads, window * window, float(eps)};
   forward.keys = packed(all[0], dtype, c, c / heads, heads);
   if (kept.empty()) {
     forward.query = packed(all[5], dtype, c, c);
@@ -350,39 +352,56 @@ void token_mlp(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor
                     floats(b1, {hidden}), packed(w2, dtype, n, hidden), floats(b2, {n}), out(y, dtype, {rows, n})});
 }
 
-// weights: embedding; squeeze and its bias, the six of local_weights() and GSTRA's queries (any for images); the six of
-// window_weights(); FSRA's queries; the split token.
-void stab_tower(const Tensor& pixels, const std::optional<Tensor>& present, const Tensor& normalise,
+panda::Frames frames_of(const Tensor& pixels, const std::optional<Tensor>& present, const Tensor& normalise,
+                        const Tensor& corners, int64_t patch, int64_t window, Tensor& tokens) {
+  panda::Frames a{};
+  a.dtype = dtype_of(tokens);
+  a.grid = pixels_of(pixels, present, normalise, patch, a.pixels);
+  a.clips = pixels.size(0);
+  const int64_t frames = a.clips * a.grid.frames, c = sizes<2>(tokens)[1];
+  a.corners = integers(corners, {frames, 4});
+  a.tokens = out(tokens, a.dtype, {count(a.corners, frames, a.grid.h, a.grid.w, window).tokens, c});
+  return a;
+}
+
+// weights: the six of window_weights(), FSRA's queries, the split token.
+panda::FrameWeights frame_weights(panda::Frames& a, int64_t c, int64_t k, int64_t heads, int64_t window, double eps,
+                                  const Tensor* w, Tensor& frame_pooled) {
+  const int64_t frame_heads = sizes<3>(frame_pooled)[1];
+  a.frame_pooled = floats_out(frame_pooled, {a.clips * a.grid.frames, frame_heads, c});
+  return {window_weights(a.dtype, c, k, heads, window, eps, w),
+          window,
+          floats(w[6], {frame_heads, c}),
+          frame_heads,
+          in(w[7], a.dtype, {c}),
+          float(eps)};
+}
+
+// weights: those of frame_weights(), the embedding, squeeze and its bias, the six of local_weights(), GSTRA's queries.
+void stab_clips(const Tensor& pixels, const std::optional<Tensor>& present, const Tensor& normalise,
                 const Tensor& corners, const std::vector<Tensor>& all, int64_t patch, int64_t r, int64_t heads,
                 int64_t window, double eps, Tensor tokens, Tensor clip_pooled, Tensor frame_pooled) {
   const Tensor* w = list(all, 18);
-  const panda::Dtype dtype = dtype_of(tokens);
-  const int64_t c = sizes<2>(tokens)[1], clips = sizes<5>(pixels)[0];
-  panda::Tower tower{};
-  tower.dtype = dtype;
-  tower.grid = pixels_of(pixels, present, normalise, patch, tower.pixels);
-  tower.clips = clips;
-  const int64_t frames = clips * tower.grid.frames, k = 3 * patch * patch;
-  tower.corners = integers(corners, {frames, 4});
-  tower.tokens = out(tokens, dtype, {count(tower.corners, frames, tower.grid.h, tower.grid.w, window).tokens, c});
-  panda::TowerWeights weights{};
-  weights.embed = packed(w[0], dtype, c, k);
-  if (tower.grid.frames > 1) {
-    weights.squeeze = packed(w[1], dtype, r, k);
-    weights.squeeze_bias = floats(w[2], {r});
-    weights.local = local_weights(dtype, c, r, w + 3);
-    weights.clip_heads = sizes<3>(clip_pooled)[1];
-    weights.clip_queries = floats(w[9], {weights.clip_heads, c});
-    tower.clip_pooled = floats_out(clip_pooled, {clips, weights.clip_heads, c});
-  }
-  weights.windows = window_weights(dtype, c, heads, window, eps, w + 10);
-  weights.window = window;
-  weights.frame_heads = sizes<3>(frame_pooled)[1];
-  weights.frame_queries = floats(w[16], {weights.frame_heads, c});
-  tower.frame_pooled = floats_out(frame_pooled, {frames, weights.frame_heads, c});
-  weights.split = in(w[17], dtype, {c});
-  weights.eps = float(eps);
-  panda::run_tower(tower, weights);
+  panda::Frames a = frames_of(pixels, present, normalise, corners, patch, window, tokens);
+  const int64_t c = tokens.size(1), k = 3 * patch * patch, clip_heads = sizes<3>(clip_pooled)[1];
+  const panda::ClipWeights weights{
+      packed(w[8], a.dtype, c, k),          packed(w[9], a.dtype, r, k),    floats(w[10], {r}),
+      local_weights(a.dtype, c, r, w + 11), floats(w[17], {clip_heads, c}), clip_heads};
+  panda::run_clips(a, frame_weights(a, c, c, heads, window, eps, w, frame_pooled), weights,
+                   floats_out(clip_pooled, {a.clips, clip_heads, c}));
+}
+
+// weights: those of frame_weights(), composed with the embedding; the embedding; its triangle.
+void stab_images(const Tensor& pixels, const std::optional<Tensor>& present, const Tensor& normalise,
+                 const Tensor& corners, const std::vector<Tensor>& all, int64_t patch, int64_t heads, int64_t window,
+                 double eps, Tensor tokens, Tensor frame_pooled) {
+  panda::Frames a = frames_of(pixels, present, normalise, corners, patch, window, tokens);
+  const int64_t c = tokens.size(1), k = 3 * patch * patch, rank = std::min(c, k), step = panda::kTriangleRows;
+  const Tensor* w = list(all, 9 + (rank + step - 1) / step);
+  panda::ImageWeights weights{packed(w[8], a.dtype, c, k), {}};
+  for (int64_t row = 0; row < rank; row += step)
+    weights.triangle.push_back(packed(w[9 + row / step], a.dtype, std::min(step, rank - row), k - row));
+  panda::run_images(a, frame_weights(a, c, k, heads, window, eps, w, frame_pooled), weights);
 }
 
 std::string isa() { return panda::tier_name(); }
@@ -447,9 +466,12 @@ STABLE_TORCH_LIBRARY(panda_kernels_cpu, m) {
   m.def("weight_gradient(Tensor grad, Tensor x, bool add, Tensor(a!) w, Tensor(b!) b) -> ()");
   m.def("token_mlp(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor(a!) y) -> ()");
   m.def(
-      "stab_tower(Tensor pixels, Tensor? present, Tensor normalise, Tensor corners, Tensor[] weights, int patch, "
+      "stab_clips(Tensor pixels, Tensor? present, Tensor normalise, Tensor corners, Tensor[] weights, int patch, "
       "int r, int heads, int window, float eps, Tensor(a!) tokens, Tensor(b!) clip_pooled, Tensor(c!) frame_pooled) "
       "-> ()");
+  m.def(
+      "stab_images(Tensor pixels, Tensor? present, Tensor normalise, Tensor corners, Tensor[] weights, int patch, "
+      "int heads, int window, float eps, Tensor(a!) tokens, Tensor(b!) frame_pooled) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(panda_kernels_cpu, CompositeExplicitAutograd, m) {
@@ -479,5 +501,6 @@ STABLE_TORCH_LIBRARY_IMPL(panda_kernels_cpu, CPU, m) {
   m.impl("product", TORCH_BOX(&product));
   m.impl("weight_gradient", TORCH_BOX(&weight_gradient));
   m.impl("token_mlp", TORCH_BOX(&token_mlp));
-  m.impl("stab_tower", TORCH_BOX(&stab_tower));
+  m.impl("stab_clips", TORCH_BOX(&stab_clips));
+  m.impl("stab_images", TORCH_BOX(&stab_images));
 }

@@ -196,8 +196,8 @@ Windows windows_of(const py::array& x, const py::object& added, const py::array&
 
 void run_window_attention_pool(const py::array& x, const py::object& added, const py::array& corners, const py::list& w,
                                int64_t heads, int64_t window, float eps, const py::array& y) {
-  const WindowPoolWeights weights{x.shape(3),   heads,    window * window, eps,      in(w[0]),
-                                  floats(w[1]), in(w[2]), in(w[3]),        in(w[4]), floats(w[5])};
+  const WindowPoolWeights weights{x.shape(3),   x.shape(3), heads,    window * window, eps,         in(w[0]),
+                                  floats(w[1]), in(w[2]),   in(w[3]), in(w[4]),        floats(w[5])};
   window_attention_pool(dtype_of(x), windows_of(x, added, corners, window), weights, out(y));
 }
 
@@ -205,8 +205,8 @@ void run_window_attention_pool(const py::array& x, const py::object& added, cons
 void run_window_attention_pool_gradient(const py::array& grad, const py::array& x, const py::object& added,
                                         const py::array& corners, const py::list& w, int64_t heads, int64_t window,
                                         float eps, const py::array& grad_x, const py::list& sums) {
-  const WindowPoolWeights weights{x.shape(3),   heads,    window * window, eps,      in(w[0]),
-                                  floats(w[1]), in(w[2]), in(w[3]),        in(w[4]), floats(w[5])};
+  const WindowPoolWeights weights{x.shape(3),   x.shape(3), heads,    window * window, eps,         in(w[0]),
+                                  floats(w[1]), in(w[2]),   in(w[3]), in(w[4]),        floats(w[5])};
   const WindowPoolReturn back{in(w[6]), in(w[7]), in(w[8]), in(w[9])};
   const auto sum = [&sums](int i) { return static_cast<float*>(out(sums[i])); };
   window_attention_pool_gradient(dtype_of(x), in(grad), windows_of(x, added, corners, window), weights, back,

@@ -272,6 +272,8 @@ CASES = {
     "three_bands": Case(3, (21, 11), ((0, 21, 0, 11), (1, 20, 2, 9), (15, 20, 3, 6)), pixels="uint8"),
     "four": Case(4, (3, 5), ((0, 3, 0, 5), (1, 3, 3, 5), (0, 3, 1, 4)), patch=14, clips=2, pixels="uint8"),
     "four_bands": Case(4, (33, 9), ((0, 33, 0, 9), (1, 32, 1, 8), (14, 33, 0, 3), (15, 17, 7, 9)), dim=68, heads=2),
+    "image_in_steps": Case(1, (4, 9), ((0, 4, 1, 8), (1, 4, 0, 9)), patch=7, dim=160, clips=2),
+    "image_narrow": Case(1, (5, 4), ((1, 4, 0, 4),), patch=14, dim=68, heads=2, clips=3, pixels="uint8"),
     "windows_of_3": Case(2, (43, 14), ((0, 43, 0, 14), (1, 42, 2, 9)), dim=72, window=3),
     "image_of_3": Case(1, (7, 10), ((1, 7, 2, 9),), window=3, dim=40, heads=4, pixels="float16"),
     "five": Case(5, (6, 5), ((0, 6, 0, 5), (1, 4, 1, 5), (3, 5, 0, 3)), clips=2),

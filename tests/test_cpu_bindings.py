@@ -76,19 +76,21 @@ def mlp_arguments() -> Arguments:
             "b2": torch.zeros(8), "y": torch.empty(3, 8)}
 
 
-def tower_arguments() -> Arguments:
+def clip_arguments() -> Arguments:
     """As ``stab_tower.run`` hands them over, for two frames of 4 x 6 patches."""
     streamed = STAB(16, patch=4, num_heads=2, gstra_heads=2).eval()._streamed.get()
     return {"pixels": torch.zeros(1, 2, 3, 16, 24), "present": torch.ones(1, 2, dtype=torch.bool),
-            "normalise": normalisation(), "corners": rectangles(1, 4, 2, 6), "weights": streamed.weights, "patch": 4,
+            "normalise": normalisation(), "corners": rectangles(1, 4, 2, 6), "weights": streamed.clips, "patch": 4,
             "r": streamed.reduced, "heads": 2, "window": 2, "eps": 1e-5, "tokens": torch.empty(13, 16),
             "clip_pooled": torch.empty(1, 2, 16), "frame_pooled": torch.empty(2, 2, 16)}
 
 
 def image_arguments() -> Arguments:
-    """Two images instead of one clip: what only clips need is left out."""
-    return tower_arguments() | {"pixels": torch.zeros(2, 1, 3, 16, 24), "present": None,
-                                "clip_pooled": torch.empty(0, 2, 16)}
+    """Two images instead of one clip, with a triangle of two steps."""
+    images = STAB(160, patch=7, num_heads=2, gstra_heads=2).eval()._streamed.get().images
+    return {"pixels": torch.zeros(2, 1, 3, 28, 42), "present": torch.ones(2, 1, dtype=torch.bool),
+            "normalise": normalisation(), "corners": rectangles(1, 4, 2, 6), "weights": images, "patch": 7, "heads": 2,
+            "window": 2, "eps": 1e-5, "tokens": torch.empty(13, 160), "frame_pooled": torch.empty(2, 2, 160)}
 
 
 def depthwise_gradient_arguments() -> Arguments:
@@ -151,7 +153,8 @@ ARGUMENTS: dict[str, Callable[[], Arguments]] = {
     "pack": pack_arguments, "depthwise_conv3d": depthwise_arguments, "patch_embed": patch_arguments,
     "local_encoding": encoding_arguments, "attention_pool": pool_arguments,
     "window_attention_pool": window_pool_arguments, "assemble_tokens": assemble_arguments, "linear": linear_arguments,
-    "token_mlp": mlp_arguments, "stab_tower": tower_arguments, "depthwise_gradient": depthwise_gradient_arguments,
+    "token_mlp": mlp_arguments, "stab_clips": clip_arguments, "stab_images": image_arguments,
+    "depthwise_gradient": depthwise_gradient_arguments,
     "patch_embed_gradient": patch_gradient_arguments, "attention_pool_gradient": pool_gradient_arguments,
     "window_attention_pool_gradient": window_pool_gradient_arguments, "product": product_arguments,
     "weight_gradient": weight_gradient_arguments, "assemble_tokens_gradient": assemble_gradient_arguments,
@@ -256,8 +259,15 @@ WRONG: dict[str, list[Arguments]] = {
         {"w2": packed(8, 25)},
         *each("x", torch.zeros(3, 17), torch.zeros(3, 16).half(), torch.zeros(48), torch.zeros(16, 3).T),
         *each("y", torch.empty(2, 8), torch.empty(3, 9), torch.empty(3, 8).bfloat16())],
-    "stab_tower": [
-        *damaged("stab_tower"), *PIXELS, *each("corners", *OUTSIDE), *each("r", 9, -10), *each("heads", 0, 3),
+    "stab_images": [
+        *damaged("stab_images"), *PIXELS[2:],
+        *each("pixels", torch.zeros(2, 1, 3, 27, 42), torch.zeros(1, 1, 3, 28, 42)),
+        *each("corners", *OUTSIDE), *each("heads", 0, 3), *each("window", 0, 1, 3),
+        *each("tokens", torch.empty(12, 160), torch.empty(14, 160), torch.empty(13, 161),
+              torch.empty(13, 160).bfloat16()),
+        *each("frame_pooled", torch.empty(1, 2, 160), torch.empty(2, 3, 160), torch.empty(2, 2, 160).double())],
+    "stab_clips": [
+        *damaged("stab_clips"), *PIXELS, *each("corners", *OUTSIDE), *each("r", 9, -10), *each("heads", 0, 3),
         *each("window", 0, 1, 3),
         *each("tokens", torch.empty(12, 16), torch.empty(14, 16), torch.empty(13, 17), torch.empty(13, 16).bfloat16()),
         *each("clip_pooled", torch.empty(0, 2, 16), torch.empty(1, 3, 16), torch.empty(1, 32)),
@@ -319,8 +329,8 @@ def test_takes_what_fits(op: str) -> None:
     getattr(KERNELS, op)(**{name: with_room(value) for name, value in ARGUMENTS[op]().items()})
 
 
-def test_takes_images_without_what_clips_need() -> None:
-    KERNELS.stab_tower(**image_arguments())
+def test_takes_calls_without_what_is_optional() -> None:
+    KERNELS.stab_clips(**clip_arguments() | {"present": None})
     KERNELS.depthwise_conv3d(**depthwise_arguments() | {"bias": None})
     KERNELS.product(**product_arguments() | {"bias": None, "residual": None})
     for name, arguments in (("", window_pool_arguments()), ("_gradient", window_pool_gradient_arguments())):

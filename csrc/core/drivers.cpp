@@ -42,7 +42,7 @@ void extract(Dtype dtype, const Pixels& pixels, int64_t h, int64_t w, int64_t ro
              char* patches) {
   parallel_for(rows, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row)
-      kernels().patch_row(pixels, (row0 + row) / h, (row0 + row) % h, w,
+      kernels().patch_row(pixels, (row0 + row) / h, (row0 + row) % h, 0, w,
                           {dtype, patches + row * w * stride * size_of(dtype), stride});
   });
 }

@@ -18,8 +18,8 @@ struct Pixels {
   float scale[3], shift[3];  // uint8 only: value * scale + shift
 };
 
-// The `columns` patches of grid row `row` of frame `frame`, one patch a row of `out`, [columns][stride]: channels, then
-// rows, then columns of the patch, then zeros up to the stride.
+// `columns` patches from `column` on of grid row `row` of frame `frame`, one patch a row of `out`, [columns][stride]:
+// channels, then rows, then columns of the patch, then zeros up to the stride.
 struct PatchRow {
   Dtype dtype;
   void* out;

@@ -11,12 +11,12 @@ namespace panda {
 
 // LayerNorm affines, the scale of the logits and the bias that the values' affine leaves are folded in by the caller.
 struct WindowPoolWeights {
-  int64_t c, heads, size;  // size: tokens of a window
+  int64_t c, k, heads, size;  // k: numbers of a token, c or those of a patch; size: tokens of a window
   float eps;
-  const void* query = nullptr;        // packed [c, c]
+  const void* query = nullptr;        // packed [c, k]
   const float* query_bias = nullptr;  // [c]
-  const void* keys = nullptr;         // packed [c, c / heads], one a head, packed_bytes() apart
-  const void* values = nullptr;       // packed [c / heads, c], one a head
+  const void* keys = nullptr;         // packed [k, c / heads], one a head, packed_bytes() apart
+  const void* values = nullptr;       // packed [c / heads, k], one a head
   const void* out = nullptr;          // packed [c, c]
   const float* out_bias = nullptr;    // [c]
 };
@@ -56,6 +56,19 @@ struct WindowList {
   const void* const* added;
   int64_t count;
 };
+
+// Of each window, rows padded_k() of k apart: its tokens normalised, their mean normalised, and what the result adds
+// to.
+struct NormalisedWindows {
+  Dtype dtype;
+  int64_t count;
+  const char* xhat;   // [count][size]
+  const char* query;  // [count]
+  const float* mean;  // [count][c]
+};
+
+void attend_windows(const NormalisedWindows& windows, const WindowPoolWeights& weights, void* const* out,
+                    const KeptWindows& kept = {});
 
 // out[m] receives the row of c channels.
 void pool_windows(const WindowList& windows, const WindowPoolWeights& weights, void* const* out,

@@ -20,6 +20,20 @@ struct WindowTokens {
   void* query;  // [m][stride]
 };
 
+// The same of windows whose tokens are embedded patches E p, without their embedding: all that attention wants of it is
+// linear in p but the deviation, and that is the length of R p over sqrt(c), where QR is E less the mean of its rows.
+struct PatchWindows {
+  Dtype dtype;
+  const void* patches;       // rows `stride` apart
+  const float* coordinates;  // [patches][rank], R p
+  const int64_t* places;     // [m][size]: which patches
+  int64_t size, k, stride, rank, c;
+  float eps;
+  void* xhat;   // [m][size][stride], patches by the reciprocal deviation of what they embed to
+  void* mean;   // [m][stride]
+  void* query;  // [m][stride], the mean by its reciprocal deviation
+};
+
 // One head over windows [first, last): z[m] = sum_j softmax_j(u[m] . xhat[m][j]) xhat[m][j]. Windows are numbered from
 // `first` in u and z, which hold one block of them, and from 0 in xhat.
 struct WindowAttention {

@@ -49,12 +49,17 @@ def _fold(q_norm_weight: Tensor, q_norm_bias: Tensor, wq: Tensor, kv_norm_weight
 
 
 def window_weights(dtype: torch.dtype, q_norm_weight: Tensor, q_norm_bias: Tensor, wq: Tensor, kv_norm_weight: Tensor,
-                   kv_norm_bias: Tensor, wkv: Tensor, wp: Tensor, bp: Tensor, *,
-                   num_heads: int, scale: float) -> list[Tensor]:
-    """In the order of ``window_weights`` in csrc/bindings.cpp; what the values' affine adds, in the output's bias."""
+                   kv_norm_bias: Tensor, wkv: Tensor, wp: Tensor, bp: Tensor, *, num_heads: int, scale: float,
+                   embedding: Tensor | None = None) -> list[Tensor]:
+    """In the order of ``window_weights`` in csrc/bindings.cpp; what the values' affine adds, in the output's bias.
+
+    ``embedding [C, K]``, its columns without mean, is composed with what else would meet its products with patches.
+    """
     folded = _fold(q_norm_weight, q_norm_bias, wq, kv_norm_weight, kv_norm_bias, wkv, num_heads, scale)
-    query, keys, values, out = pack_all(dtype, (folded.query, False), (folded.keys, True), (folded.values, False),
-                                        (wp, False))
+    met = [folded.query, folded.keys, folded.values]
+    if embedding is not None:
+        met = [precise_product(w.view(-1, w.shape[-1]), embedding).view(*w.shape[:-1], -1) for w in met]
+    query, keys, values, out = pack_all(dtype, (met[0], False), (met[1], True), (met[2], False), (wp, False))
     out_bias = bp.float() + precise_product(wp, folded.values_bias)
     return [query, folded.query_bias, keys, values, out, out_bias]
 
