@@ -63,12 +63,15 @@ def test_training_step(bench: Bench, case: str, dtype: torch.dtype, device: str)
 
 
 @pytest.mark.parametrize("kind", ["forward", "training"])
-def test_memory(bench: Bench, dtype: torch.dtype, device: str, kind: str) -> None:
-    """Peak above the weights of two passes over 8 frames, each contender in a process of its own."""
-    theirs = peer_dtype(dtype, device)
-    bench.value(_labels(f"memory, {kind}", "8 frames", dtype), "peak_bytes", {
-        OURS: memory.of_tower("ours", dtype, kind, 2, 4, device),
-        peer_name("reference", dtype, device): memory.of_tower("reference", theirs, kind, 2, 4, device)})
+def test_memory(bench: Bench, full: bool, dtype: torch.dtype, device: str, kind: str) -> None:
+    """Peak above the weights of two passes over 8 frames, each contender in processes of its own."""
+    labels, times = _labels(f"memory, {kind}", "8 frames", dtype), 3 if full else 1
+    bench.value(labels, "peak_bytes", {
+        OURS: memory.of_tower("ours", dtype, kind, 2, 4, device, times=times),
+        peer_name("reference", dtype, device): memory.of_tower("reference", peer_dtype(dtype, device), kind, 2, 4,
+                                                               device, times=times)})
+    if device == "cpu" and kind == "forward":
+        bench.value(labels, "packed_bytes", {OURS: tower.packed_bytes(dtype)})
 
 
 def _labels(op: str, case: str, dtype: torch.dtype) -> dict[str, str]:

@@ -71,10 +71,13 @@ class Bench:
                 row = replace(row, error=errors.reference)
             self.rows.append(row)
 
-    def value(self, labels: Mapping[str, str], metric: str, values: Mapping[str, float], note: str = "") -> None:
-        """Rows of something that is found once, such as bytes, for each contender."""
-        self.rows.extend(summary([value], **{**self.facts, **labels}, contender=name, metric=metric, note=note)
-                         for name, value in values.items())
+    def value(self, labels: Mapping[str, str], metric: str, values: Mapping[str, float | Sequence[float]],
+              note: str = "") -> None:
+        """Rows of something other than time, such as bytes, found once or a few times, for each contender."""
+        for name, found in values.items():
+            samples = found if isinstance(found, Sequence) else [found]
+            where = {**self.facts, **labels}
+            self.rows.append(summary(samples, **where, contender=name, metric=metric, note=note))
 
     def _against_peak(self, row: Row) -> Row:
         if not row.bytes:

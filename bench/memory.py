@@ -23,15 +23,19 @@ Run = Callable[[Tensor], object]
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def of_tower(contender: str, dtype: torch.dtype, kind: str, clips: int, frames: int, device: str) -> int:
+def of_tower(contender: str, dtype: torch.dtype, kind: str, clips: int, frames: int, device: str, *,
+             times: int = 1) -> list[int]:
     """Above the weights, at the peak of two passes. ``contender`` is ``ours`` or ``reference``; ``kind`` is ``forward``
-    or ``training``, which is a forward and a backward: the gradients themselves count as weights."""
-    return _in_subprocess("tower_pass", contender, str(dtype).removeprefix("torch."), kind, clips, frames, device)
+    or ``training``, which is a forward and a backward: the gradients themselves count as weights. Measured ``times``
+    over: what glibc gives back of large blocks, and when, differs from process to process.
+    """
+    arguments = contender, str(dtype).removeprefix("torch."), kind, clips, frames, device
+    return [_in_subprocess(i, "tower_pass", *arguments) for i in range(times)]
 
 
 def of_encoder(name: str, dtype: torch.dtype, frames: int, device: str) -> int:
     """Above the weights, at the peak of two passes of one of :mod:`bench.encoders`."""
-    return _in_subprocess("encoder_pass", name, str(dtype).removeprefix("torch."), frames, device)
+    return _in_subprocess(0, "encoder_pass", name, str(dtype).removeprefix("torch."), frames, device)
 
 
 def tower_pass(contender: str, dtype: str, kind: str, clips: int, frames: int, device: str) -> int:
@@ -70,7 +74,8 @@ def peak(run: Run, x: Tensor) -> int:
 
 
 @functools.cache
-def _in_subprocess(function: str, *arguments: str | int) -> int:
+def _in_subprocess(number: int, function: str, *arguments: str | int) -> int:
+    """Of the ``number``-th process that measures this."""
     command = [sys.executable, "-m", "bench.memory", function, json.dumps(arguments)]
     return int(subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout)
 

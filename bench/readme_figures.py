@@ -93,6 +93,11 @@ def _memory(rows: Sequence[Row]) -> Iterator[str]:
         less = [_list(_ratio(contest, "reference", " times") for contest in kind.values())
                 for kind in (forward, training) if kind]
         yield f"A forward needs {', a training step '.join(less)} less memory above the weights."
+    peaks, packed = forward.get("float32", {}).get(OURS), contests(rows, "packed_bytes")
+    of_packed = _by_dtype(packed, "memory, forward", "8 frames").get("float32")
+    if peaks and of_packed:
+        most, stays = (row.median / 2**20 for row in (peaks, of_packed[OURS]))
+        yield f"Of its {most:.0f} MiB in float32 {stays:.0f} are weights packed for the products, which stay."
 
 
 def _not_faster(found: Found) -> Iterator[str]:

@@ -16,8 +16,8 @@ class Row:
     """A ``metric`` of a ``contender`` in a contest of ``op``, ``size`` and ``dtype``, and where it was measured.
 
     Attributes:
-        metric: ``seconds``, ``peak_bytes``, ``parameters``, ``multiply_adds``, or for ``op="peak"`` ``gb_s``,
-            ``gflop_s`` and ``bytes``.
+        metric: ``seconds``, ``peak_bytes``, ``packed_bytes``, ``parameters``, ``multiply_adds``, or for ``op="peak"``
+            ``gb_s``, ``gflop_s`` and ``bytes``.
         median, min, max, rounds: of the samples; ``spread`` is the width of their middle half over the median.
         bytes, flops: the least that the call must move and do.
         fraction_of_peak: the roofline's time, from the peaks of the same run, over the median.

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,6 +102,13 @@ def contenders(dtype: torch.dtype, *, device: str, projected: bool = False, with
         peers["compiled"] = packed(compiled(reference), modules)
     return Contenders(dtype, device, _tokens_of(VisualPath(tower, projector if projected else None)),
                       {peer_name(name, dtype, device): run for name, run in peers.items()})
+
+
+def packed_bytes(dtype: torch.dtype) -> int:
+    """Of a clip's weights as the compiled core wants them, kept between calls."""
+    tower, _ = our_modules(dtype, "cpu")
+    constants: Any = tower.constants()
+    return sum(weight.nbytes for weight in constants.clips)
 
 
 def by_fp8(device: str) -> Contenders:
