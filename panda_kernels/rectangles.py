@@ -80,8 +80,8 @@ class Rectangles(NamedTuple):
         if not height * width:
             raise ValueError(f"Rectangles: mask: expected at least one patch of {patch} x {patch} pixels, "
                              f"got {mask.shape[2]} x {mask.shape[3]} pixels")
-        patches = mask[:, :, :height * patch, :width * patch].ne(0).unflatten(3, (width, patch)).any(4)
-        cells = patches.unflatten(2, (height, patch)).any(3).flatten(2).flatten(0, 1).to(torch.uint8)
+        rows = mask[:, :, :height * patch, :width * patch].unflatten(2, (height, patch)).any(3)
+        cells = rows.unflatten(3, (width, patch)).any(4).flatten(2).flatten(0, 1).to(torch.uint8)
         first, last = cells.argmax(1), height * width - 1 - cells.flip(1).argmax(1)
         row0, col0 = first // width, first % width
         corners = torch.stack([row0, last // width + 1, col0, last % width + 1], 1)

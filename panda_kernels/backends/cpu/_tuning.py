@@ -32,9 +32,10 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def tune(space: Space, like: Tensor, **shape: Value) -> None:
-    """Give this thread's next calls of the core the parameters of ``space`` that were measured for such a call."""
-    wanted = choose(space, DEFAULT, like, **shape)
+def tune(space: Space, like: Tensor, heuristic: Tuning = DEFAULT, **shape: Value) -> None:
+    """Give this thread's next calls of the core the parameters of ``space`` that were measured for such a call, or
+    those of the heuristic."""
+    wanted = choose(space, heuristic, like, **shape)
     if wanted is not _thread.tuning and wanted != _thread.tuning:
         kernels.set_tuning(list(astuple(wanted)))
         _thread.tuning = wanted
