@@ -40,9 +40,16 @@ def floats(x: Tensor) -> Tensor:
     return x.float().contiguous()
 
 
-def fold_norm(scale: Tensor, shift: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A product ``[n, k]`` with the affine of the norm before it: its weight and what it adds, float32."""
-    return copied(weight, torch.float32).mul_(scale.float()), precise_product(weight, shift)
+def scale_columns(weight: Tensor, scale: Tensor) -> Tensor:
+    """A product ``[n, k]`` with the scale of the norm before it, float32."""
+    return torch.mul(weight, scale.float(), out=result(*weight.shape, dtype=torch.float32))
+
+
+def added_by(shift: Tensor, weight: Tensor) -> Tensor:
+    """What the shift of a norm adds to the product ``[n, k]`` behind it: ``weight @ shift``, float32."""
+    y = torch.empty(1, 1, len(weight))
+    kernels.linear(floats(shift)[None, None], array(weight)[None], torch.zeros(len(weight)), False, y)
+    return y[0, 0]
 
 
 def precise_product(weight: Tensor, x: Tensor) -> Tensor:

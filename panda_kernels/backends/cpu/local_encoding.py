@@ -18,17 +18,18 @@ from ..torch._arithmetic import for_each
 from . import refusals  # noqa: F401
 from ._arrays import (
     PANEL,
+    added_by,
     array,
     column_products,
     compute_dtype,
     floats,
-    fold_norm,
     kernels,
     pack,
     precise_product,
     product,
     result,
     result_like,
+    scale_columns,
     tap_rows,
     weight_gradient,
 )
@@ -56,7 +57,7 @@ def fwd(x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tenso
     dtype = compute_dtype(x.dtype)
     tokens = array(x)
     y = result_like(tokens)
-    weight, bias = fold_norm(norm_scale, norm_shift, w1)
+    weight, bias = scale_columns(w1, norm_scale), added_by(norm_shift, w1)
     weights = [pack(weight, dtype), bias + b1.float(), *streamed_weights(dtype, wt, bt, w2, b2, wd, bd)]
     tune(SPACE, tokens, C=w1.shape[1], R=w1.shape[0], direction="fwd")
     kernels.local_encoding(tokens, weights, w1.shape[0], y)
@@ -92,7 +93,7 @@ class _Bottleneck:
 def _bottleneck(x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Tensor, b1: Tensor, wt: Tensor, bt: Tensor,
                 w2: Tensor, b2: Tensor, *source: Tensor | None, needs_pixels: bool = False) -> _Bottleneck:
     more = -len(w1) % PANEL
-    weight, bias = fold_norm(norm_scale, norm_shift, w1)
+    weight, bias = scale_columns(w1, norm_scale), added_by(norm_shift, w1)
     first = first_product(x, source, F.pad(weight, (0, 0, 0, more)), F.pad(bias + b1.float(), (0, more)),
                           needs_pixels=needs_pixels)
     return _Bottleneck(x.dtype, first, F.pad(wt.float(), (0, 0, 0, more)).T.contiguous(), F.pad(floats(bt), (0, more)),

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...rectangles import Rectangles
 from ...tuning import Space
 from . import class_tokens, refusals  # noqa: F401
-from ._arrays import compute_dtype, floats, fold_norm, kernels, pack, precise_product, result
+from ._arrays import added_by, compute_dtype, floats, kernels, pack, precise_product, result, scale_columns
 from ._tuning import DEFAULT, Tuning, tune
 from .class_tokens import FusionWeights, MLPWeights, ValueWeights
 from .local_encoding import streamed_weights
@@ -58,10 +58,9 @@ class Streamed:
     def clips(self) -> list[Tensor]:
         """LSTE's first product is composed with the embedding, so that one read of the pixels gives both."""
         norm_scale, norm_shift, w1, b1, *after = self.local
-        first, first_bias = fold_norm(norm_scale, norm_shift, w1)
-        squeeze = pack(precise_product(first, self.embedding), self.dtype)
-        del first
-        return [*self._of_frames(None), pack(self.embedding, self.dtype), squeeze, first_bias + b1.float(),
+        squeeze = pack(precise_product(scale_columns(w1, norm_scale), self.embedding), self.dtype)
+        squeeze_bias = added_by(norm_shift, w1) + b1.float()
+        return [*self._of_frames(None), pack(self.embedding, self.dtype), squeeze, squeeze_bias,
                 *streamed_weights(self.dtype, *after), floats(self.clip_queries)]
 
     @functools.cached_property
@@ -102,7 +101,8 @@ def run(tower: Streamed, pixels: Tensor, rectangles: Rectangles,
     clip_pooled = torch.empty(clips if frames > 1 else 0, *tower.clip_queries.shape)
     frame_pooled = torch.empty(clips * frames, *tower.frame_queries.shape)
     heuristic = FLOAT_BANDS if frames > 1 and tower.dtype == torch.float32 else DEFAULT
-    tune(SPACE, tokens, heuristic, C=channels, R=tower.reduced, heads=tower.num_heads, patch=tower.patch, window=tower.window)
+    tune(SPACE, tokens, heuristic, C=channels, R=tower.reduced, heads=tower.num_heads, patch=tower.patch,
+         window=tower.window)
     given = (readable(pixels), None if present is None else present.contiguous(), normalisation(),
              rectangles.corners.contiguous())
     sizes = tower.num_heads, tower.window, tower.eps

@@ -11,15 +11,16 @@ from ...tuning import Space
 from . import refusals  # noqa: F401
 from ._arrays import (
     PANEL,
+    added_by,
     array,
     column_products,
     compute_dtype,
-    fold_norm,
     kernels,
     pack_all,
     precise_product,
     result,
     result_like,
+    scale_columns,
 )
 from ._tuning import tune
 
@@ -41,11 +42,9 @@ def _fold(q_norm_weight: Tensor, q_norm_bias: Tensor, wq: Tensor, kv_norm_weight
           wkv: Tensor, num_heads: int, scale: float) -> _Folded:
     """The affine of the keys' norm leaves a constant on the logits, which softmax ignores."""
     wk, wv = wkv.chunk(2)
-    query, query_bias = fold_norm(scale * q_norm_weight.double(), scale * q_norm_bias.double(), wq)
-    keys, _ = fold_norm(kv_norm_weight, kv_norm_bias, wk)
-    values, values_bias = fold_norm(kv_norm_weight, kv_norm_bias, wv)
-    heads = (num_heads, -1)
-    return _Folded(query, query_bias, keys.unflatten(0, heads), values.unflatten(0, heads), values_bias)
+    keys, values = (scale_columns(w, kv_norm_weight).unflatten(0, (num_heads, -1)) for w in (wk, wv))
+    return _Folded(scale_columns(wq, scale * q_norm_weight.double()), added_by(scale * q_norm_bias.double(), wq), keys,
+                   values, added_by(kv_norm_bias, wv))
 
 
 def window_weights(dtype: torch.dtype, q_norm_weight: Tensor, q_norm_bias: Tensor, wq: Tensor, kv_norm_weight: Tensor,
@@ -60,7 +59,7 @@ def window_weights(dtype: torch.dtype, q_norm_weight: Tensor, q_norm_bias: Tenso
     if embedding is not None:
         met = [precise_product(w.view(-1, w.shape[-1]), embedding).view(*w.shape[:-1], -1) for w in met]
     query, keys, values, out = pack_all(dtype, (met[0], False), (met[1], True), (met[2], False), (wp, False))
-    out_bias = bp.float() + precise_product(wp, folded.values_bias)
+    out_bias = bp.float() + added_by(folded.values_bias, wp)
     return [query, folded.query_bias, keys, values, out, out_bias]
 
 
