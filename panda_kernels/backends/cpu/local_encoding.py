@@ -25,7 +25,6 @@ from ._arrays import (
     floats,
     kernels,
     pack,
-    precise_product,
     product,
     result,
     result_like,
@@ -156,7 +155,7 @@ def bwd(grad: Tensor, x: Tensor, norm_scale: Tensor, norm_shift: Tensor, w1: Ten
     (expand, grad_b2), (time, time_bias), (position, grad_bd) = sums
     reduced, precise = len(w1), w1.float()
     squeeze, e = squeeze[:reduced], e[:reduced]
-    found = [column_products(precise, squeeze), precise_product(precise.T, e),
+    found = [column_products(precise, squeeze), column_products(precise, e[:, None]),
              squeeze * norm_scale.float() + e[:, None] * norm_shift.float(), e, time[:, :reduced].T,
              time_bias[:reduced], expand[:, :reduced], grad_b2, position.T.reshape(wd.shape), grad_bd]
     inputs = (norm_scale, norm_shift, w1, b1, wt, bt, w2, b2, wd, bd)

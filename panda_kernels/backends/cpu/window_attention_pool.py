@@ -126,8 +126,8 @@ def bwd(grad: Tensor, x: Tensor, corners: Tensor, num_windows: int, q_norm_weigh
     q_weight, q_bias, kv_weight, kv_bias = (
         t.float() for t in (q_norm_weight, q_norm_bias, kv_norm_weight, kv_norm_bias))
     precise_q, precise_kv = wq.float(), wkv.float()
-    q_norm = scale * column_products(precise_q, query), scale * precise_product(precise_q.T, query_bias)
-    kv_norm = column_products(precise_kv, keys_values), precise_product(precise_kv[channels:].T, values_bias)
+    q_norm = scale * column_products(precise_q, query), scale * column_products(precise_q, query_bias[:, None])
+    kv_norm = column_products(precise_kv, keys_values), column_products(precise_kv[channels:], values_bias[:, None])
     query.mul_(q_weight).addr_(query_bias, q_bias).mul_(scale)
     keys_values.mul_(kv_weight)[channels:].addr_(values_bias, kv_bias)
     grads = [*q_norm, query, *kv_norm, keys_values, out.addr_(out_bias, values_offset), out_bias]
