@@ -13,7 +13,9 @@ namespace panda {
 
 namespace {
 
-constexpr int64_t kRows = 32;  // of a product that a thread takes at least
+// Rows of a product that a thread takes: a multiple of the first, and no fewer than the second if it can be, as each
+// piece fetches the weight.
+constexpr int64_t kRows = 32, kFewestRows = 256;
 
 // Rows of windows of one image: their patches, one row of a window after the other.
 class Band {
@@ -61,20 +63,22 @@ void Band::extract(int64_t row, int64_t rows) {
 // Products with R, whose triangle is cut into steps.
 void Band::turn(int64_t tokens) {
   const int64_t k = weights_.windows.k;
-  parallel_for((tokens + kRows - 1) / kRows, [&](int64_t first, int64_t last) {
-    for (int64_t i = 0; i < int64_t(image_weights_.triangle.size()); ++i) {
-      const int64_t begin = i * kTriangleRows, n = std::min(kTriangleRows, rank_ - begin);
-      Gemm g{patches_.data() + begin * size_of(frames_.dtype),
-             stride_,
-             image_weights_.triangle[i],
-             k - begin,
-             n,
-             coordinates_.data() + begin,
-             rank_};
-      g.c_is_float = true;
-      gemm(frames_.dtype, g, first * kRows, std::min(tokens, last * kRows), 0, panels(n));
-    }
-  });
+  parallel_for((tokens + kRows - 1) / kRows,
+               [&](int64_t first, int64_t last) {
+                 for (int64_t i = 0; i < int64_t(image_weights_.triangle.size()); ++i) {
+                   const int64_t begin = i * kTriangleRows, n = std::min(kTriangleRows, rank_ - begin);
+                   Gemm g{patches_.data() + begin * size_of(frames_.dtype),
+                          stride_,
+                          image_weights_.triangle[i],
+                          k - begin,
+                          n,
+                          coordinates_.data() + begin,
+                          rank_};
+                   g.c_is_float = true;
+                   gemm(frames_.dtype, g, first * kRows, std::min(tokens, last * kRows), 0, panels(n));
+                 }
+               },
+               kFewestRows / kRows);
 }
 
 std::vector<int64_t> Band::places(int64_t rows) const {

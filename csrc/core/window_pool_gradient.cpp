@@ -53,13 +53,16 @@ class ChunkGradient {
     if (!kept.query) multiply(normalised_.data(), w_.query, w_.query_bias, query_.data(), count);
     multiply(grad_rows_.get(grad, c_, count), back_.out, nullptr, grad_heads_.data(), count);
     const int64_t most = tuning().block_windows;
-    parallel_for(count, [&](int64_t first, int64_t last) {
-      const int64_t blocks = (last - first + most - 1) / most;
-      const auto start = [=](int64_t block) { return first + block * (last - first) / blocks; };
-      for (int64_t block = 0; block < blocks; ++block)
-        for (int64_t head = 0; head < w_.heads; ++head)
-          through_head(rows, !kept.heads, head, start(block), start(block + 1));
-    });
+    parallel_for(
+        count,
+        [&](int64_t first, int64_t last) {
+          const int64_t blocks = (last - first + most - 1) / most;
+          const auto start = [=](int64_t block) { return first + block * (last - first) / blocks; };
+          for (int64_t block = 0; block < blocks; ++block)
+            for (int64_t head = 0; head < w_.heads; ++head)
+              through_head(rows, !kept.heads, head, start(block), start(block + 1));
+        },
+        most);
     Gemm g{grad_query_.data(), stride_, back_.query, c_, c_, grad_normalised_.data(), c_};
     g.c_is_float = true;
     product(dtype_, g, count);

@@ -42,7 +42,10 @@ def floats(x: Tensor) -> Tensor:
 
 def scale_columns(weight: Tensor, scale: Tensor) -> Tensor:
     """A product ``[n, k]`` with the scale of the norm before it, float32."""
-    return torch.mul(weight, scale.float(), out=result(*weight.shape, dtype=torch.float32))
+    scaled = result(*weight.shape, dtype=torch.float32)
+    if weight.dtype == torch.float32:
+        return torch.mul(weight, scale.float(), out=scaled)
+    return scaled.copy_(weight).mul_(scale.float())  # of two types torch would make a copy of its own
 
 
 def added_by(shift: Tensor, weight: Tensor) -> Tensor:
