@@ -12,7 +12,7 @@ void set_parallel_for(ParallelFor);
 void run_parallel(int64_t count, ParallelBody body, void* context, int64_t least);
 
 // body(first, last) over pieces of [0, count), a few a thread, so that others can do the work of one that is held up;
-// none of fewer than `least`, unless a thread's even share is. What is computed must not depend on how it is cut.
+// none of fewer than `least`, unless its thread's equal part is. What is computed must not depend on how it is cut.
 template <class Body>
 void parallel_for(int64_t count, const Body& body, int64_t least = 1) {
   run_parallel(
