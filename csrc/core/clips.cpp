@@ -124,9 +124,9 @@ void Clip::downsample(int64_t i0, int64_t i1) {
           tokens.push_back(x2_row(frame, i) + offset);
           added.push_back(x0_.row(frame, i) + offset);
         }
-        out.push_back(static_cast<char*>(frames_.tokens) + (r.row_start(row) + col) * token);
+        out.push_back(frames_.token(r.row_start(row) + col, weights_.windows.c));
       }
-      std::memcpy(static_cast<char*>(frames_.tokens) + (r.row_start(row) + r.cols) * token, weights_.split, token);
+      std::memcpy(frames_.token(r.row_start(row) + r.cols, weights_.windows.c), weights_.split, token);
     }
   }
   pool_windows({frames_.dtype, tokens.data(), added.data(), int64_t(out.size())}, weights_.windows, out.data());

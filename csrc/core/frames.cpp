@@ -19,15 +19,13 @@ std::vector<Rectangle> rectangles(const Frames& frames, int64_t window) {
 
 void pool_frames(const Frames& frames, const FrameWeights& weights, const std::vector<Rectangle>& all) {
   const Pool pool{frames.dtype, weights.frame_queries, weights.frame_heads, weights.windows.c, weights.eps};
-  const int64_t token = pool.c * size_of(frames.dtype);
   parallel_for(int64_t(all.size()), [&](int64_t first, int64_t last) {
     Scratch<float> memory(pool_state_floats(pool.n, pool.c));
     const PoolState state = pool_state(memory.data(), pool.n);
     for (int64_t frame = first; frame < last; ++frame) {
       kernels().pool_reset(pool, state);
       for (int64_t row = 0; row < all[frame].rows; ++row)
-        kernels().pool_tokens(pool, state, static_cast<char*>(frames.tokens) + all[frame].row_start(row) * token,
-                              all[frame].cols);
+        kernels().pool_tokens(pool, state, frames.token(all[frame].row_start(row), pool.c), all[frame].cols);
       kernels().pool_finish(pool, state, frames.frame_pooled + frame * pool.n * pool.c);
     }
   });

@@ -17,6 +17,8 @@ struct Frames {
   const int64_t* corners;  // [clips * frames][4]: row0, row1, col0, col1 in patches, ends exclusive
   void* tokens;            // [total][c]; the first row of each frame is left for its class token
   float* frame_pooled;     // [clips * frames][frame_heads][c]
+
+  char* token(int64_t i, int64_t c) const { return static_cast<char*>(tokens) + i * c * size_of(dtype); }
 };
 
 struct FrameWeights {

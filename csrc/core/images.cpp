@@ -91,11 +91,10 @@ std::vector<int64_t> Band::places(int64_t rows) const {
 }
 
 std::vector<void*> Band::results(int64_t row, int64_t rows) const {
-  const int64_t token = weights_.windows.c * size_of(frames_.dtype);
   std::vector<void*> all;
   for (int64_t i = row; i < row + rows; ++i)
     for (int64_t col = 0; col < rectangle_.cols; ++col)
-      all.push_back(static_cast<char*>(frames_.tokens) + (rectangle_.row_start(i) + col) * token);
+      all.push_back(frames_.token(rectangle_.row_start(i) + col, weights_.windows.c));
   return all;
 }
 
@@ -126,10 +125,9 @@ void Band::run(int64_t row, int64_t rows) {
   embed.c_is_float = true;
   product(frames_.dtype, embed, count);
   attend_windows({frames_.dtype, count, xhat, query, embedded.data()}, w, results(row, rows).data());
-  const int64_t token = w.c * size_of(frames_.dtype);
   for (int64_t i = row; i < row + rows; ++i)
-    std::memcpy(static_cast<char*>(frames_.tokens) + (rectangle_.row_start(i) + rectangle_.cols) * token,
-                weights_.split, token);
+    std::memcpy(frames_.token(rectangle_.row_start(i) + rectangle_.cols, w.c), weights_.split,
+                w.c * size_of(frames_.dtype));
 }
 
 }  // namespace
